@@ -1,0 +1,26 @@
+"""Training that shrinks and speeds up the network it trains (DemP, arXiv 2403.07688).
+
+The public names, all importable as `demp_kernels.<name>`:
+
+    modules      DemPReLU, DemPLeakyReLU, DemPGELU, DemPSiLU
+    preparation  prepare, swap_activations, finalize
+    compaction   compact, CompactionReport, CompactionError, UnitGraph
+    training     DemP, save_checkpoint, load_checkpoint
+    kernels      functional.relu and its like, build_info, tune_allocator
+"""
+from __future__ import annotations
+
+from . import functional
+from .build_info import build_info, tune_allocator
+from .compaction import CompactionError, CompactionReport, compact
+from .graph import PrepareError, UnitGraph, finalize, prepare, swap_activations
+from .modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
+from .training import CheckpointError, DemP, DemPReport, load_checkpoint, save_checkpoint
+from .version import __version__
+
+__all__ = [
+    "CheckpointError", "CompactionError", "CompactionReport", "DemP", "DemPActivation", "DemPGELU", "DemPLeakyReLU",
+    "DemPReLU", "DemPReport", "DemPSiLU", "PrepareError", "SelectiveAdd", "UnitGraph", "__version__", "build_info",
+    "compact", "finalize", "functional", "load_checkpoint", "prepare", "save_checkpoint", "swap_activations",
+    "tune_allocator",
+]

@@ -1,0 +1,404 @@
+"""Rewriting a model for DemP and back: `swap_activations`, `prepare`, `finalize`.
+
+`swap_activations` replaces modules in place and needs nothing else. `prepare` traces the model with `torch.fx`, so that
+functional activations are counted too, every call of a reused activation has counters of its own, and residual
+additions become `SelectiveAdd` modules, which let each residual block lose its own units. `finalize` gives back plain
+PyTorch modules.
+"""
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.shape_prop import ShapeProp
+
+from ..modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
+from .tracing import PrepareError, attributes_of, trace_both_modes
+
+__all__ = ["PrepareError", "finalize", "prepare", "remembered_inputs", "swap_activations"]
+
+EXAMPLE_INPUTS = "demp_example_inputs"
+"""Key in `GraphModule.meta` under which `prepare` keeps its example inputs, as meta tensors."""
+
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
+)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding)
+
+
+def counting_twin(module: nn.Module, channel_dim: int = 1) -> DemPActivation | None:
+    """The counting module that computes what the plain activation `module` does, or None if there is none."""
+    twin: DemPActivation
+    if type(module) is nn.ReLU:
+        twin = DemPReLU(inplace=module.inplace, channel_dim=channel_dim)
+    elif type(module) is nn.LeakyReLU:
+        twin = DemPLeakyReLU(module.negative_slope, inplace=module.inplace, channel_dim=channel_dim)
+    elif type(module) is nn.GELU:
+        twin = DemPGELU(module.approximate, channel_dim=channel_dim)
+    elif type(module) is nn.SiLU:
+        twin = DemPSiLU(channel_dim=channel_dim)
+    else:
+        return None
+    return twin.train(module.training)
+
+
+def plain_twin(module: DemPActivation) -> nn.Module:
+    """The plain PyTorch activation that computes what `module` does without counting and noise."""
+    if isinstance(module, DemPReLU):
+        plain: nn.Module = nn.ReLU(module.inplace)
+    elif isinstance(module, DemPLeakyReLU):
+        plain = nn.LeakyReLU(module.negative_slope, module.inplace)
+    elif isinstance(module, DemPGELU):
+        plain = nn.GELU(module.approximate)
+    elif isinstance(module, DemPSiLU):
+        plain = nn.SiLU()
+    else:
+        raise TypeError(f"finalize: no plain counterpart is known for {type(module).__name__}")
+    return plain.train(module.training)
+
+
+def swap_activations(model: nn.Module) -> int:
+    """Replace every nn.ReLU, nn.LeakyReLU, nn.GELU and nn.SiLU module of `model` by its counting twin, in place.
+
+    The channel dimension is taken from the parametrised module defined before the activation: the last dimension after
+    nn.Linear or nn.LayerNorm, dimension 1 otherwise. Functional calls (`F.relu`) are not seen, and a module that is
+    called at several places keeps one counter for all of them: `prepare` handles both.
+
+    Returns: how many modules were swapped (a module that occurs under several names counts once).
+    """
+    twins: dict[int, DemPActivation] = {}
+    channel_dim = 1
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, _CHANNELS_FIRST):
+            channel_dim = 1
+        elif isinstance(module, _CHANNELS_LAST):
+            channel_dim = -1
+        if name and id(module) not in twins:
+            twin = counting_twin(module, channel_dim)
+            if twin is not None:
+                twins[id(module)] = twin
+        if id(module) in twins:
+            _set_submodule(model, name, twins[id(module)])
+    return len(twins)
+
+
+def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> fx.GraphModule:
+    """Trace `model` into one whose activations count and whose residual additions can select.
+
+    Args:
+        model: any model that `torch.fx` can trace. It is left as it is; the result shares its parameters and buffers,
+            so an optimiser built on either trains both.
+        example_inputs: a tensor or a tuple of the forward's positional arguments. Only shapes, dtypes and devices are
+            used: nothing is computed.
+
+    Returns: a GraphModule with the same `state_dict` keys and bit-equal outputs. Activations keep the name of their
+        module (`layer1.0.relu`, further calls `layer1.0.relu_1`); functional ones are named after the module that
+        calls them (`features.relu`, `features.relu_1`).
+
+    Raises:
+        PrepareError: the model cannot be traced, or its forward takes another path in training than in evaluation.
+        TypeError: `model` is no nn.Module, or an example input is no tensor and no plain value.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prepare: model must be an nn.Module, got {type(model).__name__}")
+    inputs = _as_tuple(example_inputs)
+    graph = trace_both_modes(model)
+    prepared = fx.GraphModule(attributes_of(model, graph), graph, class_name=type(model).__name__)
+    _attach_unused(model, prepared)
+    _propagate_shapes(prepared, inputs)
+    for node in list(prepared.graph.nodes):
+        _replace_activation(prepared, node)
+    for node in list(prepared.graph.nodes):
+        _replace_addition(prepared, node)
+    prepared.graph.lint()
+    prepared.recompile()
+    prepared.meta[EXAMPLE_INPUTS] = tuple(
+        torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x for x in inputs
+    )
+    for name, module in prepared.named_modules():
+        original = _get_submodule_or_none(model, name)
+        module.training = model.training if original is None else original.training
+    return prepared
+
+
+def remembered_inputs(model: nn.Module) -> tuple[Any, ...] | None:
+    """The example inputs that `prepare` was given, as meta tensors; None for a model that was not prepared."""
+    return getattr(model, "meta", {}).get(EXAMPLE_INPUTS)
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """A copy of `model` made of plain PyTorch modules: for torch.save, torch.export, ONNX, deployment.
+
+    Counting activations become nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU; additions become plain additions, or an
+    index_select of the skip's channels and an addition where the skip carries other channels. Same `state_dict` keys,
+    but for one index buffer (`<name>_index`) an addition that selects. The copy shares nothing with `model`.
+    """
+    plain = copy.deepcopy(model)
+    if isinstance(plain, fx.GraphModule):
+        plain.meta.pop(EXAMPLE_INPUTS, None)
+        for node in list(plain.graph.nodes):
+            if node.op == "call_module" and isinstance(plain.get_submodule(node.target), SelectiveAdd):
+                _inline_addition(plain, node)
+        plain.delete_all_unused_submodules()
+    for name, module in list(plain.named_modules(remove_duplicate=False)):
+        if isinstance(module, DemPActivation):
+            if not name:
+                return plain_twin(module)
+            _set_submodule(plain, name, plain_twin(module))
+        elif isinstance(module, SelectiveAdd):
+            raise TypeError(f"finalize: {name} is a SelectiveAdd outside a prepared model; it has no plain counterpart")
+    if isinstance(plain, fx.GraphModule):
+        plain.graph.lint()
+        plain.recompile()
+    return plain
+
+
+# --- activations -----------------------------------------------------------------------------------------------------
+
+_FUNCTIONAL: dict[Any, str] = {
+    F.relu: "relu", F.relu_: "relu", torch.relu: "relu", torch.relu_: "relu",
+    F.leaky_relu: "leaky_relu", F.leaky_relu_: "leaky_relu", F.gelu: "gelu", F.silu: "silu",
+}
+_METHODS = {"relu", "relu_"}
+
+
+def _plain_module(node: fx.Node) -> nn.Module | None:
+    """The nn activation that a functional call stands for."""
+    if node.op == "call_method" and node.target in _METHODS:
+        return nn.ReLU(inplace=node.target.endswith("_"))
+    if node.op != "call_function" or node.target not in _FUNCTIONAL:
+        return None
+    kind = _FUNCTIONAL[node.target]
+    in_place_name = getattr(node.target, "__name__", "").endswith("_")
+    arguments = list(node.args[1:])
+
+    def argument(name: str, default: Any) -> Any:
+        return node.kwargs.get(name, arguments.pop(0) if arguments else default)
+
+    if kind == "relu":
+        return nn.ReLU(inplace=bool(argument("inplace", in_place_name)))
+    if kind == "leaky_relu":
+        slope = argument("negative_slope", 0.01)
+        return nn.LeakyReLU(slope, inplace=bool(argument("inplace", in_place_name)))
+    if kind == "gelu":
+        return nn.GELU(argument("approximate", "none"))
+    return nn.SiLU(inplace=bool(argument("inplace", False)))
+
+
+def _replace_activation(model: fx.GraphModule, node: fx.Node) -> None:
+    if node.op == "call_module":
+        module = model.get_submodule(node.target)
+        if isinstance(module, DemPActivation):
+            if _calls_before(node) == 0:
+                return
+            twin: DemPActivation | None = copy.deepcopy(module)
+        else:
+            twin = counting_twin(module, _channel_dim(model, node))
+        name = node.target
+    else:
+        plain = _plain_module(node)
+        if plain is None or _shape(node) is None:
+            return
+        twin = counting_twin(plain.train(model.training), _channel_dim(model, node))
+        name = ".".join(filter(None, [_owner(node), type(plain).__name__.lower()]))
+    shape = _shape(node)
+    if twin is None or shape is None or len(shape) < 2:
+        return
+    if node.op == "call_module" and _calls_before(node) == 0:
+        _set_submodule(model, name, twin)
+    else:
+        name = _free_name(model, name)
+        model.add_submodule(name, twin)
+    source = node.args[0] if node.args else node.kwargs["input"]
+    twin.allocate(shape[twin.channel_dim], node.meta["device"])
+    with model.graph.inserting_before(node):
+        call = model.graph.call_module(name, (source,))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    model.graph.erase_node(node)
+
+
+def _calls_before(node: fx.Node) -> int:
+    """How many earlier nodes call the same module."""
+    count = 0
+    for other in node.graph.nodes:
+        if other is node:
+            return count
+        count += other.op == "call_module" and other.target == node.target
+    return count
+
+
+def _channel_dim(model: fx.GraphModule, node: fx.Node) -> int:
+    """Dimension of the units: last behind a Linear or LayerNorm, 1 otherwise, found by walking up the first operand."""
+    source: Any = node
+    while isinstance(source, fx.Node):
+        if source.op == "call_module":
+            module = model.get_submodule(source.target)
+            if isinstance(module, _CHANNELS_LAST):
+                return 1 if len(_shape(node) or ()) == 2 else -1
+            if isinstance(module, _CHANNELS_FIRST):
+                return 1
+        if source.op == "call_function" and source.target in (F.linear, F.layer_norm):
+            return 1 if len(_shape(node) or ()) == 2 else -1
+        source = source.args[0] if source.args else None
+    return 1
+
+
+# --- residual additions ----------------------------------------------------------------------------------------------
+
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
+
+
+def _replace_addition(model: fx.GraphModule, node: fx.Node) -> None:
+    is_addition = (node.op == "call_function" and node.target in _ADDITIONS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    if not is_addition or len(node.args) != 2 or node.kwargs:
+        return
+    a, b = node.args
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or "get_attr" in (a.op, b.op) or a is b:
+        return
+    shape = _shape(node)
+    if shape is None or len(shape) < 2 or not (_shape(a) == _shape(b) == shape):
+        return
+    if node.target in (operator.iadd, "add_") and len(a.users) > 1:
+        return  # a changes under the feet of its other users: left alone
+    if a in _ancestors(b):
+        a, b = b, a  # the skip is what the other operand was computed from
+    name = _free_name(model, ".".join(filter(None, [_owner(node), "add"])))
+    model.add_submodule(name, SelectiveAdd(channel_dim=1 if len(shape) in (2, 4, 5) else -1, inplace=_overwritable(model, a)))
+    with model.graph.inserting_before(node):
+        call = model.graph.call_module(name, (a, b))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    model.graph.erase_node(node)
+
+
+def _overwritable(model: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether nobody needs the value of `node` again: one user, and a producer whose backward does not read its output.
+    A fresh output costs more than the addition itself on the CPU, where its pages are touched for the first time."""
+    if len(node.users) != 1 or node.op != "call_module":
+        return False
+    return isinstance(model.get_submodule(node.target), (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending.append(source)
+    return found
+
+
+def _inline_addition(model: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a SelectiveAdd by plain operations."""
+    module: SelectiveAdd = model.get_submodule(node.target)  # type: ignore[assignment]
+    a, b = node.args
+    with model.graph.inserting_before(node):
+        if module.index is not None:
+            # A lost channel reads the zero channel that is appended to the skip.
+            index = torch.where(module.index < 0, module.inverse.numel(), module.index)
+            name = f"{node.target}_index"
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, index)
+            last = -module.channel_dim if module.channel_dim < 0 else len(_shape(node) or ()) - module.channel_dim
+            padding = [0, 0] * (last - 1) + [0, 1]
+            padded = model.graph.call_function(F.pad, (b, padding))
+            b = model.graph.call_function(torch.index_select, (padded, module.channel_dim, model.graph.get_attr(name)))
+        total = model.graph.call_function(operator.add, (a, b))
+    total.meta = dict(node.meta)
+    node.replace_all_uses_with(total)
+    model.graph.erase_node(node)
+
+
+# --- graph plumbing --------------------------------------------------------------------------------------------------
+
+
+def _as_tuple(example_inputs: Tensor | Sequence[Any]) -> tuple[Any, ...]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, (tuple, list)) and example_inputs:
+        return tuple(example_inputs)
+    raise TypeError(f"example_inputs must be a tensor or a non-empty tuple, got {type(example_inputs).__name__}")
+
+
+def _propagate_shapes(model: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Give every node meta["tensor_meta"] and meta["device"] by running the graph on fake tensors in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [fake_mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
+
+    class Interpreter(ShapeProp):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            n.meta["device"] = result.device if isinstance(result, Tensor) else None
+            return result
+
+    try:
+        model.eval()
+        with torch.no_grad():
+            Interpreter(model, fake_mode).propagate(*fakes)
+    except Exception as error:
+        raise PrepareError(f"prepare: the model does not run on the example inputs: {error}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _shape(node: fx.Node) -> torch.Size | None:
+    return getattr(node.meta.get("tensor_meta"), "shape", None)
+
+
+def _owner(node: fx.Node) -> str:
+    """Path of the module whose forward made this node."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""
+
+
+def _free_name(model: nn.Module, name: str) -> str:
+    candidate, number = name, 0
+    while _get_submodule_or_none(model, candidate) is not None or hasattr(
+        model.get_submodule(candidate.rpartition(".")[0]), candidate.rpartition(".")[2]
+    ):
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+def _get_submodule_or_none(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _attach_unused(model: nn.Module, prepared: fx.GraphModule) -> None:
+    """Carry over what the forward does not use, so that the `state_dict` keys stay."""
+    kept = prepared.state_dict(keep_vars=True)
+    for key, value in model.state_dict(keep_vars=True).items():
+        if key in kept:
+            continue
+        path, _, leaf = key.rpartition(".")
+        owner = prepared
+        for part in filter(None, path.split(".")):
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        else:
+            owner.register_buffer(leaf, value)

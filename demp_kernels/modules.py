@@ -1,0 +1,235 @@
+"""Thin `nn.Module`s over the ops: activations that count their units, and the residual addition that can select.
+
+A *unit* is one channel of one activation's output. In training mode every activation here counts, in the pass that
+computes it, how many elements of each unit were active; a unit whose count stays zero is dead. In evaluation mode the
+modules are their plain PyTorch counterparts: nothing is counted and no noise is added.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+
+__all__ = ["DemPActivation", "DemPReLU", "DemPLeakyReLU", "DemPGELU", "DemPSiLU", "SelectiveAdd"]
+
+
+class DemPActivation(nn.Module):
+    """Base of the counting activations: y = act(x) + noise_std * 1[x > 0] * xi, with the active elements counted.
+
+    Args:
+        noise_std: standard deviation of the noise on active elements, >= 0; training mode only.
+        channel_dim: the dimension of the input that holds the units (1 for images, -1 for token sequences).
+
+    The counter is a non-persistent buffer: it moves with the module between devices but never enters the
+    `state_dict`, so a checkpoint of the plain model loads into this one and back. It is created at the first
+    forward in training mode, when the number of channels is known (or by `allocate`).
+    """
+
+    active: Tensor | None
+    """Active elements (not x <= 0) of each unit since `reset_counts`, (C,) int64 on the input's device, or None
+    before the first counted forward."""
+    seen: Tensor | None
+    """Elements of each unit looked at since `reset_counts`, a scalar int64 tensor: a unit is dead when `seen` is
+    positive and its `active` is zero."""
+
+    def __init__(self, *, noise_std: float = 0.0, channel_dim: int = 1) -> None:
+        super().__init__()
+        if not noise_std >= 0.0:
+            raise ValueError(f"{type(self).__name__}: noise_std must be >= 0, got {noise_std}")
+        self.noise_std = float(noise_std)
+        self.channel_dim = int(channel_dim)
+        self.register_buffer("active", None, persistent=False)
+        self.register_buffer("seen", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self._plain(x)
+        y, active = self._counted(x)
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            # A forward inside a backward pass is activation checkpointing's recomputation: it was counted before.
+            self._count(active, x.numel() // max(active.numel(), 1))
+        return y
+
+    def _plain(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _count(self, active: Tensor, elements: int) -> None:
+        if self.active is None or self.active.numel() != active.numel() or self.active.device != active.device:
+            self.allocate(active.numel(), active.device)
+        self.active.add_(active)
+        self.seen.add_(elements)
+
+    def allocate(self, channels: int, device: torch.device | str | None = None) -> None:
+        """Create zeroed counters for `channels` units, replacing those there are."""
+        self.active = torch.zeros(channels, dtype=torch.int64, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
+
+    def reset_counts(self) -> None:
+        """Start a new window: zero the counters, if there are any."""
+        if self.active is not None:
+            self.active.zero_()
+            self.seen.zero_()
+
+    def select_units(self, kept: Tensor) -> None:
+        """Keep the counters of the units `kept` (int64 indices) when the others are removed."""
+        if self.active is not None:
+            self.active = self.active.index_select(0, kept.to(self.active.device))
+
+    def dead(self) -> Tensor | None:
+        """(C,) bool: units that were looked at and never active since `reset_counts`; None if nothing was counted."""
+        if self.active is None:
+            return None
+        return (self.active == 0) & (self.seen > 0)
+
+    def extra_repr(self) -> str:
+        parts = [f"channel_dim={self.channel_dim}"] if self.channel_dim != 1 else []
+        if self.noise_std:
+            parts.append(f"noise_std={self.noise_std:g}")
+        return ", ".join(parts)
+
+
+class DemPReLU(DemPActivation):
+    """Drop-in for `nn.ReLU`: y = max(x, 0), counting the active elements of each channel in the same pass.
+
+    Args:
+        inplace: overwrite the input, as `nn.ReLU(inplace=True)` does.
+        noise_std, channel_dim: see `DemPActivation`.
+
+    Shapes: x (N, C, *) -> y of the same shape, dtype and memory format. Raises ValueError if x has no channel
+    dimension.
+    """
+
+    def __init__(self, inplace: bool = False, noise_std: float = 0.0, channel_dim: int = 1) -> None:
+        super().__init__(noise_std=noise_std, channel_dim=channel_dim)
+        self.inplace = inplace
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return F.relu(x, inplace=self.inplace)
+
+    def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Inductor plans memory itself: under torch.compile the functional form loses nothing.
+        if self.inplace and not torch.compiler.is_compiling():
+            return functional.relu_(x, self.channel_dim, self.noise_std)
+        return functional.relu(x, self.channel_dim, self.noise_std)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, ["inplace=True" if self.inplace else "", super().extra_repr()]))
+
+
+class DemPLeakyReLU(DemPActivation):
+    """Drop-in for `nn.LeakyReLU`: y = x if x > 0 else negative_slope * x; a unit is active where x > 0."""
+
+    def __init__(
+        self, negative_slope: float = 0.01, inplace: bool = False, noise_std: float = 0.0, channel_dim: int = 1
+    ) -> None:
+        super().__init__(noise_std=noise_std, channel_dim=channel_dim)
+        self.negative_slope = float(negative_slope)
+        self.inplace = inplace
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, self.negative_slope, inplace=self.inplace)
+
+    def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # The sign of the output tells that of the input only for a positive slope.
+        if self.inplace and self.negative_slope > 0 and not torch.compiler.is_compiling():
+            return functional.leaky_relu_(x, self.negative_slope, self.channel_dim, self.noise_std)
+        return functional.leaky_relu(x, self.negative_slope, self.channel_dim, self.noise_std)
+
+    def extra_repr(self) -> str:
+        parts = [f"negative_slope={self.negative_slope:g}", "inplace=True" if self.inplace else "", super().extra_repr()]
+        return ", ".join(filter(None, parts))
+
+
+class DemPGELU(DemPActivation):
+    """Drop-in for `nn.GELU` (`approximate` "none" or "tanh"); a unit is active where x > 0."""
+
+    def __init__(self, approximate: str = "none", noise_std: float = 0.0, channel_dim: int = 1) -> None:
+        super().__init__(noise_std=noise_std, channel_dim=channel_dim)
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"DemPGELU: approximate must be 'none' or 'tanh', got {approximate!r}")
+        self.approximate = approximate
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate=self.approximate)
+
+    def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.gelu(x, self.approximate, self.channel_dim, self.noise_std)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [f"approximate={self.approximate!r}", super().extra_repr()]))
+
+
+class DemPSiLU(DemPActivation):
+    """Drop-in for `nn.SiLU`: y = x * sigmoid(x); a unit is active where x > 0."""
+
+    def __init__(self, noise_std: float = 0.0, channel_dim: int = 1) -> None:
+        super().__init__(noise_std=noise_std, channel_dim=channel_dim)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.silu(x, self.channel_dim, self.noise_std)
+
+
+class SelectiveAdd(nn.Module):
+    """Residual addition a + b whose operands may have lost different channels.
+
+    While both carry the same channels it is the plain addition. Once the skip b carries other channels than the
+    output, `set_selection` gives the map: out[:, c] = a[:, c] + (b[:, index[c]] if index[c] >= 0 else 0). A channel
+    that b lost was dead at its source, so adding zero is exact. No parameter, nothing in the `state_dict`.
+
+    Args:
+        channel_dim: dimension of the channels.
+        inplace: write the sum into a. Only right where no backward pass needs a.
+    """
+
+    index: Tensor | None
+    inverse: Tensor | None
+
+    def __init__(self, channel_dim: int = 1, inplace: bool = False) -> None:
+        super().__init__()
+        self.channel_dim = int(channel_dim)
+        self.inplace = inplace
+        self.register_buffer("index", None, persistent=False)
+        self.register_buffer("inverse", None, persistent=False)
+
+    def set_selection(self, index: Tensor | None, skip_channels: int = 0) -> None:
+        """Set where each output channel is found in the skip.
+
+        Args:
+            index: (C_out,) int64; position in the skip's channels, or -1 where the skip has lost the channel.
+                None restores the plain addition.
+            skip_channels: number of channels that the skip has.
+        """
+        if index is None:
+            self.index = self.inverse = None
+            return
+        if index.dim() != 1 or index.dtype != torch.int64:
+            raise ValueError(
+                f"SelectiveAdd: index must be a 1-D int64 tensor, got {index.dim()}-D {index.dtype}"
+            )
+        if index.numel() and not (-1 <= int(index.min()) and int(index.max()) < skip_channels):
+            raise ValueError(
+                f"SelectiveAdd: index must lie in [-1, {skip_channels}), got values from {int(index.min())} "
+                f"to {int(index.max())}"
+            )
+        inverse = torch.full((skip_channels,), -1, dtype=torch.int64, device=index.device)
+        present = index >= 0
+        inverse[index[present]] = torch.arange(index.numel(), device=index.device)[present]
+        self.index, self.inverse = index, inverse
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.index is not None:
+            b = functional.channel_select(b, self.index, self.inverse, self.channel_dim)
+        return a.add_(b) if self.inplace and self.training else a + b
+
+    def extra_repr(self) -> str:
+        if self.index is None:
+            return "plain"
+        return f"channels={self.index.numel()}, from_skip={int((self.index >= 0).sum())}"

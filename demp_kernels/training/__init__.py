@@ -1,0 +1,10 @@
+"""Training with DemP: schedule, penalty, liveness, the controller, checkpoints."""
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .controller import DemP, DemPEvent, DemPReport
+from .penalty import PENALTY_NORMS, PENALTY_TARGETS
+from .schedule import SCHEDULES
+
+__all__ = [
+    "CheckpointError", "DemP", "DemPEvent", "DemPReport", "PENALTY_NORMS", "PENALTY_TARGETS", "SCHEDULES",
+    "load_checkpoint", "save_checkpoint",
+]

@@ -1,0 +1,302 @@
+"""`DemP`: the controller that a training loop calls once before the backward pass and once after the optimiser's step."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..compaction import CompactionReport, compact
+from ..graph import UnitGraph, remembered_inputs
+from ..ops.weight_noise import weight_noise_
+from .liveness import StepLiveness, activations_of, scan_dead, window_dead
+from .penalty import PENALTY_NORMS, penalised_parameters, penalty_value
+from .schedule import SCHEDULES
+
+__all__ = ["DemP", "DemPEvent", "DemPReport"]
+
+
+@dataclass(frozen=True)
+class DemPEvent:
+    """One removal: after which step, how many units each activation has left, how many parameters the model has."""
+
+    step: int
+    live_units: dict[str, int]
+    parameters: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DemPReport:
+    """What DemP has done so far. `str()` gives a few lines for a terminal."""
+
+    step: int
+    total_steps: int
+    live_units: dict[str, int]
+    total_units: dict[str, int]
+    history: list[DemPEvent] = field(default_factory=list)
+
+    @property
+    def live(self) -> int:
+        return sum(self.live_units.values())
+
+    @property
+    def total(self) -> int:
+        return sum(self.total_units.values())
+
+    def __str__(self) -> str:
+        lines = [f"DemP after step {self.step} of {self.total_steps}: {self.live} of {self.total} units live"]
+        lines += [f"  {name}: {live} of {self.total_units[name]}" for name, live in self.live_units.items()]
+        return "\n".join(lines)
+
+
+class DemP:
+    """Demon Pruning: units that die during training are removed while it goes on.
+
+    A step of the loop is
+
+        loss = criterion(model(x), y) + demp.penalty()
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+        demp.step()
+
+    `penalty()` is lambda_t * R: lambda_t follows a one-cycle cosine that peaks at `peak_penalty`, R is by default the sum
+    of |gamma| over all normalisation layers. `step()` adds the noise sigma_t * xi to the weights of live units, then, every
+    `prune_every` steps and after the last one, removes the units that are dead. There is no target sparsity: the peak
+    of the penalty alone decides how many units die.
+
+    Args:
+        model: a model from `prepare`, or any model with DemP activations (then `example_inputs` is required). It may
+            be wrapped by torch.compile.
+        optimizer: the optimiser of the model's parameters, or a list of them. Their state shrinks with the model.
+        total_steps: optimiser steps of the run.
+        peak_penalty: peak of lambda, >= 0.
+        peak_noise: peak standard deviation of the weight noise, >= 0.
+        prune_every, prune_after: look for dead units at steps that are a multiple of `prune_every`, from
+            `prune_after` on. Under the window criterion `prune_every` is the number of steps in which a unit must have
+            been silent: let it cover about an epoch.
+        ramp_steps: length T_r of the schedule, by default int(0.87 * total_steps), as in the authors' ResNet-18 recipe.
+        schedule: one of `SCHEDULES`.
+        criterion: "window" (never active in training since the last look, counted for free) or "scan" (the authors':
+            sum <= 0 in every batch of `scan_batches`).
+        scan_batches: for "scan": batches of inputs, or a function that returns fresh ones.
+        example_inputs: a tensor or tuple for the analysis; not needed for a prepared model.
+        penalty_norm, penalty_on: see `training.penalty`.
+        round_to: keep dead units so that widths are multiples of this.
+        min_units: units that every layer keeps at least. The authors let a layer reach 0, which ends the network.
+        seed: of the weight noise; by default drawn from torch's generator.
+
+    Raises ValueError or TypeError that names the argument, what is required and what it got.
+
+    Source: Dufort-Labbe et al., arXiv 2403.07688.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        total_steps: int,
+        peak_penalty: float = 0.03,
+        peak_noise: float = 5e-5,
+        prune_every: int = 500,
+        prune_after: int = 0,
+        ramp_steps: int | None = None,
+        schedule: str = "one_cycle",
+        criterion: str = "window",
+        scan_batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+        example_inputs: Any = None,
+        penalty_norm: str = "l1",
+        penalty_on: str = "scales",
+        round_to: int = 1,
+        min_units: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        self.total_steps = _at_least("total_steps", total_steps, 1, int)
+        self.peak_penalty = _at_least("peak_penalty", peak_penalty, 0.0)
+        self.peak_noise = _at_least("peak_noise", peak_noise, 0.0)
+        self.prune_every = _at_least("prune_every", prune_every, 1, int)
+        self.prune_after = _at_least("prune_after", prune_after, 0, int)
+        ramp = int(0.87 * total_steps) if ramp_steps is None else ramp_steps
+        self.ramp_steps = _at_least("ramp_steps", max(ramp, 1) if ramp_steps is None else ramp, 1, int)
+        self.round_to = _at_least("round_to", round_to, 1, int)
+        self.min_units = _at_least("min_units", min_units, 1, int)
+        self.schedule = _one_of("schedule", schedule, SCHEDULES)
+        self.criterion = _one_of("criterion", criterion, ("window", "scan"))
+        self.penalty_norm = _one_of("penalty_norm", penalty_norm, PENALTY_NORMS)
+        if criterion == "scan" and scan_batches is None:
+            raise ValueError("criterion='scan' requires scan_batches, got None")
+        self.scan_batches = scan_batches
+        self.on_compaction: list[Callable[[CompactionReport], None]] = []
+        """Called with the report after every removal."""
+
+        self._model = _unwrap(model)
+        self._optimizers = _optimizers(optimizer)
+        if not activations_of(self._model):
+            raise ValueError(
+                f"model must have DemP activations, got none in {type(self._model).__name__}: "
+                "use model = prepare(model, example_inputs) or swap_activations(model)"
+            )
+        inputs = remembered_inputs(self._model) if example_inputs is None else example_inputs
+        if inputs is None:
+            raise ValueError("example_inputs is required for a model that was not made by prepare(), got None")
+        self._penalised = penalised_parameters(self._model, penalty_on) if self.peak_penalty > 0 else []
+        self.graph = UnitGraph.trace(self._model, inputs)
+        self.total_units: dict[str, int] = dict(self.graph.units)
+        device = next(self._model.parameters()).device
+        drawn = torch.randint(2**62, (1,)) if seed is None else torch.tensor([seed])
+        self._noise_seed = drawn.to(device=device, dtype=torch.int64)
+        self._liveness = StepLiveness(self._model)
+        self._history: list[DemPEvent] = []
+        self._steps_done = 0
+
+    # --- the two calls of a training loop ---
+
+    def penalty(self) -> Tensor:
+        """lambda_t * R as a differentiable scalar, to be added to the loss."""
+        if not self._penalised:
+            return torch.zeros((), device=self._noise_seed.device)
+        return self.penalty_weight * penalty_value(self._penalised, self.penalty_norm)
+
+    def step(self) -> CompactionReport | None:
+        """Noise on the weights of live units; then, if it is time, removal of the dead ones.
+
+        Call it after the optimiser's step. Returns the report of the removal, or None if nothing was looked for.
+        """
+        if self.noise_std > 0:
+            self._add_noise(self.noise_std)
+        self._steps_done += 1
+        at_end = self._steps_done == self.total_steps
+        if at_end or (self._steps_done % self.prune_every == 0 and self._steps_done >= self.prune_after):
+            return self._remove_dead()
+        return None
+
+    # --- what is going on ---
+
+    @property
+    def steps_done(self) -> int:
+        return self._steps_done
+
+    @property
+    def penalty_weight(self) -> float:
+        """lambda_t of the coming step."""
+        return SCHEDULES[self.schedule](self._steps_done, self.ramp_steps, self.peak_penalty)
+
+    @property
+    def noise_std(self) -> float:
+        """sigma_t of the coming step."""
+        return SCHEDULES[self.schedule](self._steps_done, self.ramp_steps, self.peak_noise)
+
+    @property
+    def live_units(self) -> dict[str, int]:
+        """Units that each activation still has."""
+        return dict(self.graph.units)
+
+    def report(self) -> DemPReport:
+        return DemPReport(self._steps_done, self.total_steps, self.live_units, self.total_units, list(self._history))
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs besides the model, the optimiser and the graph: plain values and tensors."""
+        return {
+            "steps_done": self._steps_done,
+            "total_steps": self.total_steps,
+            "noise_seed": self._noise_seed.clone(),
+            "total_units": dict(self.total_units),
+            "counters": {
+                name: {"active": m.active.clone(), "seen": m.seen.clone()}
+                for name, m in activations_of(self._model).items()
+                if m.active is not None
+            },
+            "history": [
+                {"step": e.step, "live_units": dict(e.live_units), "parameters": e.parameters, "seconds": e.seconds}
+                for e in self._history
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`. The model must have the widths of that moment already (`load_checkpoint` sees to
+        it). Raises ValueError, with nothing changed, if the state belongs to another model or run length."""
+        if state["total_units"] != self.total_units:
+            raise ValueError("DemP state belongs to another model: its activations or their sizes differ")
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(f"total_steps must be that of the saved run, {state['total_steps']}, got {self.total_steps}")
+        modules = activations_of(self._model)
+        for name, counts in state["counters"].items():
+            if len(counts["active"]) != self.graph.units.get(name, len(counts["active"])):
+                raise ValueError(f"DemP state has {len(counts['active'])} units for {name}, the model {self.graph.units[name]}")
+        for name, counts in state["counters"].items():
+            module = modules[name]
+            module.allocate(len(counts["active"]), self._noise_seed.device)
+            module.active.copy_(counts["active"])
+            module.seen.copy_(counts["seen"])
+        self._noise_seed.copy_(state["noise_seed"])
+        self._steps_done = state["steps_done"]
+        self._history = [DemPEvent(**event) for event in state["history"]]
+        # what the last saved step saw is part of the window already
+        self._liveness.restart()
+        self._liveness.take()
+
+    # --- the two halves of a step ---
+
+    def _add_noise(self, std: float) -> None:
+        live = self._liveness.take()
+        gates = self.graph.gates
+        targets = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        masks = [live.get(gates.get(name, "")) for name, _ in targets]
+        with torch.no_grad():
+            weight_noise_([p for _, p in targets], masks, std, self._noise_seed)
+        self._noise_seed.add_(1)
+
+    def _remove_dead(self) -> CompactionReport:
+        dead = window_dead(self._model) if self.criterion == "window" else scan_dead(self._model, self.scan_batches)
+        report = compact(
+            self._model,
+            self._optimizers,
+            dead={name: mask for name, mask in dead.items() if name in self.graph.units},
+            round_to=self.round_to,
+            min_units=self.min_units,
+            graph=self.graph,
+        )
+        for module in activations_of(self._model).values():
+            module.reset_counts()
+        self._liveness.restart()
+        if report.changed:
+            self._history.append(
+                DemPEvent(self._steps_done, self.live_units, report.params_after, report.seconds)
+            )
+            for callback in self.on_compaction:
+                callback(report)
+        return report
+
+
+def _at_least(name: str, value: Any, least: float, kind: type = float) -> Any:
+    number = isinstance(value, int) if kind is int else isinstance(value, (int, float))
+    if not number or isinstance(value, bool):
+        wanted = "an integer" if kind is int else "a number"
+        raise TypeError(f"{name} must be {wanted} >= {least}, got {value!r}")
+    if not least <= value < float("inf"):
+        raise ValueError(f"{name} must be >= {least} and finite, got {value}")
+    return value
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def _optimizers(optimizer: Any) -> list[Optimizer]:
+    found = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for one in found:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(one).__name__}")
+    return found
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, or the model itself."""
+    return getattr(model, "_orig_mod", model)
