@@ -1,0 +1,106 @@
+"""Compiles and links the shared libraries of the package.
+
+Objects are rebuilt when their command line or any file they include changed (the compiler writes the
+list of those), all cores are used, and a library is replaced in one step, so that running processes keep
+the one they have loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toolchain import Unavailable
+
+
+@dataclass(frozen=True)
+class Library:
+    """One shared library: what to compile, how, and the file it becomes."""
+
+    name: str  # "_C"
+    filename: str  # "_C.so"
+    sources: list[Path]
+    compile: list[str]  # compiler and flags, without the source
+    link: list[str]  # linker driver and flags, without objects and output
+    link_after: list[str] = field(default_factory=list)  # libraries, which must follow the objects
+    source_flags: dict[Path, list[str]] = field(default_factory=dict)
+
+
+def build(library: Library, root: Path, scratch: Path) -> Path:
+    """Build ``library`` under ``scratch`` and return the file. Raises Unavailable with the compiler's words."""
+    folder = scratch / library.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max_workers=_jobs()) as pool:
+        objects = list(pool.map(lambda source: _compile(library, source, root, folder), library.sources))
+    output = folder / library.filename
+    command = [*library.link, "-shared", "-o", str(output), *map(str, objects), *library.link_after]
+    if _is_current(output, command, objects):
+        return output
+    started_ns = time.time_ns()
+    _run(command, f"linking {library.filename}")
+    _remember(output, command, started_ns)
+    return output
+
+
+def _jobs() -> int:
+    asked = os.environ.get("MAX_JOBS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
+
+
+def _compile(library: Library, source: Path, root: Path, folder: Path) -> Path:
+    target = folder / (str(source.relative_to(root)).replace(os.sep, "__") + ".o")
+    depfile = target.with_suffix(".d")
+    flags = library.source_flags.get(source, [])
+    command = [*library.compile, *flags, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]
+    if not _is_current(target, command, _dependencies(depfile, source)):
+        print(f"compiling {source.relative_to(root)}", flush=True)
+        started_ns = time.time_ns()
+        _run(command, str(source.relative_to(root)))
+        _remember(target, command, started_ns)
+    return target
+
+
+def _dependencies(depfile: Path, source: Path) -> list[Path]:
+    """The files a make rule "target: a b \\ c" lists; the source alone if there is no rule yet."""
+    if not depfile.is_file():
+        return [source]
+    rule = depfile.read_text().replace("\\\n", " ").partition(":")[2]
+    return [Path(name) for name in shlex.split(rule)]
+
+
+def _is_current(target: Path, command: list[str], inputs: list[Path]) -> bool:
+    try:
+        stamp = json.loads(_stamp(target).read_text())
+        # Against the start of the last build, not its end: a file saved while it was compiled is not in it.
+        return (
+            target.is_file()
+            and stamp["command"] == command
+            and all(path.stat().st_mtime_ns < stamp["started_ns"] for path in inputs)
+        )
+    except (OSError, ValueError, KeyError):  # something is missing or was left half written
+        return False
+
+
+def _remember(target: Path, command: list[str], started_ns: int) -> None:
+    _stamp(target).write_text(json.dumps({"command": command, "started_ns": started_ns}))
+
+
+def _stamp(target: Path) -> Path:
+    return target.with_name(target.name + ".json")
+
+
+def _run(command: list[str], what: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise Unavailable(f"{what}: {command[0]}: {error.strerror}") from error
+    if done.returncode != 0:
+        raise Unavailable(f"{what}: {Path(command[0]).name} failed:\n{done.stderr.strip()}")
+    if done.stderr.strip():
+        print(done.stderr.strip(), flush=True)
