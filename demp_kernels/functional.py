@@ -1,0 +1,147 @@
+"""The ops as functions: activations that count the active elements of every channel, and noise on weights.
+
+    y, active = relu(x, channel_dim=1, noise_std=0.0, seed=None)
+
+    x: (N, C, *) or any shape of at least two dimensions with the channels in `channel_dim`; float32, bfloat16, float16 or
+        float64; any strides (contiguous and channels_last are used as they are, others are copied).
+    y: like x: act(x) + noise_std * 1[not x <= 0] * xi, xi standard normal.
+    active: (C,) int64, the elements of each channel that are not <= 0 (NaN counts as active).
+    seed: of the noise; an int, a (1,) int64 tensor on x's device, or None: drawn from torch's generator of that device,
+        so that `torch.manual_seed` decides it and activation checkpointing draws the same noise again.
+
+Each raises ValueError for a wrong argument. `relu_` and `leaky_relu_` write over x and return it.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ops import activation as _activation
+from .ops import weight_noise as _weight_noise
+
+__all__ = ["relu", "relu_", "leaky_relu", "leaky_relu_", "gelu", "silu", "weight_noise_"]
+
+
+def relu(
+    x: Tensor, channel_dim: int = 1, noise_std: float = 0.0, seed: int | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """max(x, 0), and the active elements of each channel."""
+    return _forward(x, "relu", 0.0, channel_dim, noise_std, seed)
+
+
+def relu_(
+    x: Tensor, channel_dim: int = 1, noise_std: float = 0.0, seed: int | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`relu` in place."""
+    return _forward_(x, "relu", 0.0, channel_dim, noise_std, seed)
+
+
+def leaky_relu(
+    x: Tensor,
+    negative_slope: float = 0.01,
+    channel_dim: int = 1,
+    noise_std: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x where x > 0, negative_slope * x elsewhere, and the active elements of each channel."""
+    return _forward(x, "leaky_relu", negative_slope, channel_dim, noise_std, seed)
+
+
+def leaky_relu_(
+    x: Tensor,
+    negative_slope: float = 0.01,
+    channel_dim: int = 1,
+    noise_std: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`leaky_relu` in place; negative_slope > 0, because backward reads the sign from the output."""
+    return _forward_(x, "leaky_relu", negative_slope, channel_dim, noise_std, seed)
+
+
+def gelu(
+    x: Tensor,
+    approximate: str = "none",
+    channel_dim: int = 1,
+    noise_std: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x Phi(x), or with approximate="tanh" its tanh form, and the active elements (not x <= 0) of each channel."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate must be none or tanh, got {approximate}")
+    return _forward(x, "gelu" if approximate == "none" else "gelu_tanh", 0.0, channel_dim, noise_std, seed)
+
+
+def silu(
+    x: Tensor, channel_dim: int = 1, noise_std: float = 0.0, seed: int | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x sigmoid(x), and the active elements (not x <= 0) of each channel."""
+    return _forward(x, "silu", 0.0, channel_dim, noise_std, seed)
+
+
+def weight_noise_(
+    tensors: Sequence[Tensor],
+    std: float,
+    live: Sequence[Tensor | None] | None = None,
+    seed: int | Tensor | None = None,
+) -> None:
+    """t += std * live[row] * xi for every tensor, without a gradient.
+
+    live: for each tensor a (rows,) bool tensor over its dim 0 or None (all rows). seed as above.
+    Raises ValueError for a wrong argument.
+    """
+    tensors = list(tensors)
+    if not tensors:
+        return
+    live = [None] * len(tensors) if live is None else list(live)
+    seed = _seed(seed, tensors[0].device)
+    try:
+        with torch.no_grad():
+            _weight_noise.weight_noise_(tensors, live, std, seed)
+    except RuntimeError:
+        _weight_noise.check(tensors, live, std, seed)
+        raise
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)  # so that autograd notices, as for every in-place operation
+
+
+def _forward(
+    x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if not x.is_contiguous() and not _activation.is_dense(x):
+        x = x.contiguous()
+    if noise_std > 0:
+        seed = _seed(seed, x.device)
+    else:
+        seed = None
+    try:
+        y, active, _ = _activation.forward(x, activation, slope, channel_dim, noise_std, seed)
+    except RuntimeError:
+        # The compiled kernels check as `check_forward` does and know no ValueError: raise it here, off the hot path.
+        _activation.check_forward(x, activation, slope, channel_dim, noise_std, seed)
+        raise
+    return y, active
+
+
+def _forward_(
+    x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() or not _activation.is_dense(x):
+        # The compiler plans memory itself; strided x has no kernel. Either way x ends up holding y.
+        y, active = _forward(x, activation, slope, channel_dim, noise_std, seed)
+        return x.copy_(y), active
+    seed = _seed(seed, x.device) if noise_std > 0 else None
+    try:
+        return _activation.InPlace.apply(x, activation, slope, channel_dim, noise_std, seed)
+    except RuntimeError:
+        _activation.check_forward_(x, activation, slope, channel_dim, noise_std, seed)
+        raise
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)

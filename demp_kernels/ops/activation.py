@@ -1,0 +1,262 @@
+"""activation: act(x), the active elements of every channel, and noise on the active ones, in one pass.
+
+    y = act(x) + noise_std * 1[not x <= 0] * xi,   active[c] = number of elements of channel c with not x <= 0
+
+`not x <= 0` rather than `x > 0`, so that NaN counts as active: a diverged unit is never taken for a dead one.
+
+`activation` is relu, leaky_relu (x if x > 0 else slope * x), gelu, gelu_tanh or silu. `xi` are standard normals that
+depend on the seed and the element's coordinates alone (`reference.noise`).
+
+    x: (N, C, *) or any shape of at least two dimensions with the channels in `channel_dim`; float32, bfloat16, float16 or
+        float64; contiguous or channels_last(_3d). Arithmetic is in float32 (float64 for float64).
+    y: like x. active: (C,) int64.
+    mask: with noise, for relu and leaky_relu: uint8, one bit an element in y's memory order (bit i % 8 of byte i // 8),
+        which backward uses, because the sign of a noisy y is not that of x. Otherwise empty.
+    seed: (1,) int64 on x's device, needed if noise_std > 0.
+
+Equivalent to `reference.activation_forward`, `reference.activation_backward`.
+
+The backward pass keeps grad where `not saved <= 0`; `saved` is y for relu (x may be freed or overwritten) and for
+leaky_relu with a positive slope, x for the others.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+ACTIVATIONS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+library = torch.library.Library("demp_kernels", "FRAGMENT")
+_ARGUMENTS = "str activation, float slope, int channel_dim, float noise_std, Tensor? seed"
+library.define(f"activation_forward(Tensor x, {_ARGUMENTS}) -> (Tensor y, Tensor active, Tensor mask)", tags=_TAGS)
+library.define(f"activation_forward_(Tensor(a!) x, {_ARGUMENTS}) -> (Tensor active, Tensor mask)", tags=_TAGS)
+library.define(
+    "activation_backward(Tensor grad, Tensor saved, Tensor mask, str activation, float slope) -> Tensor", tags=_TAGS
+)
+forward = torch.ops.demp_kernels.activation_forward.default
+forward_ = torch.ops.demp_kernels.activation_forward_.default
+backward = torch.ops.demp_kernels.activation_backward.default
+
+# ---------------------------------------------------------------------------------------------------------------
+# checks: the compiled kernels make the same ones, with the same words
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def check_forward(
+    x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: Tensor | None
+) -> None:
+    """Raise ValueError for the first argument of `forward` that is wrong."""
+    _check_activation(activation)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"activation: x must be float32, bfloat16, float16 or float64, got {dtype_name(x.dtype)}")
+    if x.dim() < 2:
+        raise ValueError(f"activation: x must have a channel dimension, got shape {shape_text(x.shape)}")
+    if not -x.dim() <= channel_dim < x.dim():
+        raise ValueError(
+            f"activation: channel_dim must be between {-x.dim()} and {x.dim() - 1} for x of shape "
+            f"{shape_text(x.shape)}, got {channel_dim}"
+        )
+    if not is_dense(x):
+        raise ValueError(f"activation: x must be contiguous or channels_last, got strides {shape_text(x.stride())}")
+    if not (noise_std >= 0 and math.isfinite(noise_std)):
+        raise ValueError(f"activation: noise_std must be finite and >= 0, got {noise_std:g}")
+    if noise_std > 0:
+        if seed is None:
+            raise ValueError("activation: seed is needed when noise_std > 0, got None")
+        if seed.dtype != torch.int64 or seed.shape != (1,) or seed.device != x.device:
+            raise ValueError(
+                f"activation: seed must be int64 of shape (1,) on {x.device}, got {dtype_name(seed.dtype)} of shape "
+                f"{shape_text(seed.shape)} on {seed.device}"
+            )
+
+
+def check_forward_(
+    x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: Tensor | None
+) -> None:
+    """Raise ValueError for the first argument of `forward_` that is wrong."""
+    check_forward(x, activation, slope, channel_dim, noise_std, seed)
+    if activation not in ("relu", "leaky_relu"):
+        raise ValueError(f"activation: only relu and leaky_relu can be done in place, got {activation}")
+    if activation == "leaky_relu" and not slope > 0:
+        raise ValueError(f"activation: slope must be > 0 in place, got {slope:g}")
+
+
+def check_backward(grad: Tensor, saved: Tensor, mask: Tensor, activation: str, slope: float) -> None:
+    """Raise ValueError for the first argument of `backward` that is wrong."""
+    _check_activation(activation)
+    if grad.dtype not in DTYPES:
+        raise ValueError(f"activation: grad must be float32, bfloat16, float16 or float64, got {dtype_name(grad.dtype)}")
+    if not is_dense(grad):
+        raise ValueError(f"activation: grad must be contiguous or channels_last, got strides {shape_text(grad.stride())}")
+    if mask.dtype != torch.uint8:
+        raise ValueError(f"activation: mask must be uint8, got {dtype_name(mask.dtype)}")
+    if mask.numel() > 0 and activation in ("relu", "leaky_relu"):
+        if mask.numel() != (grad.numel() + 7) // 8:
+            raise ValueError(
+                f"activation: mask must have {(grad.numel() + 7) // 8} bytes for grad of shape "
+                f"{shape_text(grad.shape)}, got {mask.numel()}"
+            )
+        return
+    if saved.dtype != grad.dtype or saved.shape != grad.shape or not same_order(saved, grad):
+        raise ValueError(
+            f"activation: saved must be like grad ({dtype_name(grad.dtype)}, shape {shape_text(grad.shape)}, strides "
+            f"{shape_text(grad.stride())}), got {dtype_name(saved.dtype)}, shape {shape_text(saved.shape)}, strides "
+            f"{shape_text(saved.stride())}"
+        )
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
+
+
+def is_dense(x: Tensor) -> bool:
+    """Contiguous or channels_last(_3d)."""
+    return x.is_contiguous() or (x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]))
+
+
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Two dense tensors of one shape hold their elements in the same order."""
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    last = _CHANNELS_LAST.get(a.dim())
+    return last is not None and a.is_contiguous(memory_format=last) and b.is_contiguous(memory_format=last)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of a dense tensor."""
+    return torch.contiguous_format if x.is_contiguous() else _CHANNELS_LAST[x.dim()]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """(3,) and (2, 3), the way Python prints tuples."""
+    return str(tuple(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the reference on every device; shapes and strides for tracing
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _reference_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_forward(x, *arguments)
+    return reference.activation_forward(x, *arguments)
+
+
+def _reference_forward_(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    check_forward_(x, *arguments)
+    return reference.activation_forward_(x, *arguments)
+
+
+def _reference_backward(grad: Tensor, *arguments: Any) -> Tensor:
+    check_backward(grad, *arguments)
+    return reference.activation_backward(grad, *arguments)
+
+
+library.impl("activation_forward", _reference_forward, "CompositeExplicitAutograd")
+library.impl("activation_forward_", _reference_forward_, "CompositeExplicitAutograd")
+library.impl("activation_backward", _reference_backward, "CompositeExplicitAutograd")
+
+
+def _fake_forward_(x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: Tensor | None):
+    check_forward(x, activation, slope, channel_dim, noise_std, seed)
+    bits = noise_std > 0 and activation in ("relu", "leaky_relu")
+    mask = x.new_empty((x.numel() + 7) // 8 if bits else 0, dtype=torch.uint8)
+    return x.new_empty(x.shape[channel_dim], dtype=torch.int64), mask
+
+
+def _fake_forward(x: Tensor, *arguments: Any):
+    return torch.empty_like(x), *_fake_forward_(x, *arguments)
+
+
+def _fake_backward(grad: Tensor, *arguments: Any):
+    check_backward(grad, *arguments)
+    return torch.empty_like(grad)
+
+
+torch.library.register_fake("demp_kernels::activation_forward", _fake_forward, lib=library)
+torch.library.register_fake("demp_kernels::activation_forward_", _fake_forward_, lib=library)
+torch.library.register_fake("demp_kernels::activation_backward", _fake_backward, lib=library)
+
+# ---------------------------------------------------------------------------------------------------------------
+# autograd
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, activation: str, slope: float) -> None:
+    """Keep what backward needs and no more: the bits if there are any, else y where its sign tells, else x."""
+    ctx.activation, ctx.slope, ctx.memory_format = activation, slope, memory_format(y)
+    if activation == "relu" or (activation == "leaky_relu" and slope > 0):
+        saved = y
+    else:
+        saved = x
+    if mask.numel() or (activation in ("relu", "leaky_relu") and not y.numel()):
+        saved = mask.new_empty(0, dtype=y.dtype)
+    ctx.save_for_backward(saved, mask)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    saved, mask = ctx.saved_tensors
+    return backward(grad.contiguous(memory_format=ctx.memory_format), saved, mask, ctx.activation, ctx.slope)
+
+
+def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    y, _, mask = output
+    ctx.set_materialize_grads(False)
+    _save(ctx, inputs[0], y, mask, inputs[1], inputs[2])
+
+
+def _backward_forward(ctx: Any, grad: Tensor | None, *_: Any):
+    return (None if grad is None else _gradient(ctx, grad)), None, None, None, None, None
+
+
+def _setup_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    grad, saved, mask, ctx.activation, ctx.slope = inputs
+    ctx.memory_format = memory_format(grad)
+    ctx.save_for_backward(grad, saved, mask)
+
+
+def _backward_backward(ctx: Any, grad_grad: Tensor):
+    grad, saved, mask = ctx.saved_tensors
+    grad_grad = grad_grad.contiguous(memory_format=ctx.memory_format)
+    to_saved = None
+    if ctx.activation not in ("relu", "leaky_relu"):
+        to_saved = (grad * grad_grad * reference.activation_second_derivative(saved, ctx.activation)).to(saved.dtype)
+    return backward(grad_grad, saved, mask, ctx.activation, ctx.slope), to_saved, None, None, None
+
+
+torch.library.register_autograd(
+    "demp_kernels::activation_forward", _backward_forward, setup_context=_setup_forward, lib=library
+)
+torch.library.register_autograd(
+    "demp_kernels::activation_backward", _backward_backward, setup_context=_setup_backward, lib=library
+)
+
+
+class InPlace(torch.autograd.Function):
+    """`forward_` for autograd: returns (x, active), with x overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: Tensor | None):
+        active, mask = forward_(x, activation, slope, channel_dim, noise_std, seed)
+        ctx.mark_dirty(x)
+        ctx.mark_non_differentiable(active)
+        ctx.set_materialize_grads(False)
+        _save(ctx, x, x, mask, activation, slope)
+        return x, active
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any):
+        return _backward_forward(ctx, grad)

@@ -1,0 +1,65 @@
+"""Which implementations of the ops are there. Decided once, at import: no Python choice is made per call.
+
+The schemas and the reference (for every device) are registered by the op modules. Loading a compiled extension adds
+kernels for its device, which win over the reference by dispatch key.
+
+`DEMP_BACKEND` chooses: `auto` (default: the fastest there is), `native` (the compiled extension, or an error),
+`triton`, or `reference` (plain PyTorch only).
+"""
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+CHOICES = ("auto", "native", "triton", "reference")
+
+chosen: str = "auto"
+"""The value of DEMP_BACKEND that was followed."""
+loaded: list[str] = []
+"""Libraries in use: "_C" (CPU kernels), "_C_cuda" (CUDA kernels)."""
+reasons: dict[str, str] = {}
+"""Why a library that is not in `loaded` is not in use."""
+
+
+def load(package: Path = Path(__file__).resolve().parent.parent) -> None:
+    """Load the compiled kernels next to the package. Raises ValueError for an unknown DEMP_BACKEND, RuntimeError for one
+    that is asked for and cannot be had; warns once if there are no compiled kernels at all."""
+    global chosen
+    chosen = os.environ.get("DEMP_BACKEND", "auto").strip().lower() or "auto"
+    if chosen not in CHOICES:
+        raise ValueError(f"DEMP_BACKEND: must be one of {', '.join(CHOICES)}, got {chosen}")
+    if chosen == "triton":
+        raise RuntimeError("DEMP_BACKEND=triton: this version has no Triton kernels")
+    if chosen == "reference":
+        reasons.update(dict.fromkeys(("_C", "_C_cuda"), "DEMP_BACKEND=reference"))
+        return
+    _load_library(package, "_C")
+    if torch.version.cuda is None:
+        reasons["_C_cuda"] = "this torch is built without CUDA"
+    else:
+        _load_library(package, "_C_cuda")
+    if "_C" in loaded:
+        return
+    if chosen == "native":
+        raise RuntimeError(f"DEMP_BACKEND=native: no compiled kernels: {reasons['_C']}")
+    warnings.warn(
+        f"demp_kernels: no compiled kernels, using the slower PyTorch reference: {reasons['_C']}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _load_library(package: Path, name: str) -> None:
+    files = sorted(package.glob(f"{name}.*so"))
+    if not files:
+        reasons[name] = f"{name} was not built"
+        return
+    try:
+        torch.ops.load_library(str(files[0]))
+    except OSError as error:  # built against another torch, or a library it needs is missing
+        reasons[name] = f"{files[0].name} cannot be loaded: {error}"
+        return
+    loaded.append(name)

@@ -1,0 +1,193 @@
+"""What every op means, in plain PyTorch: the specification, the fallback without a compiled extension, and the judge
+of every other backend in the tests. Written to be read; nothing here is tuned.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------------------------
+# random numbers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    counter: four, key: two int64 tensors holding 32-bit words, broadcast against each other.
+    Returns four int64 tensors of 32-bit words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, so the two halves are those of the unsigned product.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = _high(p1) ^ c1 ^ k0, _low(p1), _high(p0) ^ c3 ^ k1, _low(p0)
+        k0, k1 = _low(k0 + 0x9E3779B9), _low(k1 + 0xBB67AE85)
+    return c0, c1, c2, c3
+
+
+def _low(x: Tensor) -> Tensor:
+    return x & 0xFFFFFFFF
+
+
+def _high(x: Tensor) -> Tensor:
+    return (x >> 32) & 0xFFFFFFFF
+
+
+def box_muller(words: Sequence[Tensor]) -> list[Tensor]:
+    """Four independent normals (float64) from four 32-bit words, two from each pair.
+
+    r = sqrt(-2 ln u0), u0 = ((x0 >> 8) + 1) 2^-24 in (0, 1]; theta = 2 pi (x1 >> 8) 2^-24; z = (r cos theta, r sin theta).
+    """
+    normals = []
+    for x0, x1 in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(((x0 >> 8) + 1).double() * 2.0**-24))
+        theta = (x1 >> 8).double() * (2.0 * math.pi * 2.0**-24)
+        normals += [radius * torch.cos(theta), radius * torch.sin(theta)]
+    return normals
+
+
+def noise(positions: int, columns: int, stream: int, seed: Tensor) -> Tensor:
+    """The noise of `positions` x `columns` elements, (positions, columns) float64.
+
+    Element (p, c) is lane p % 4 of Philox with counter (q low, q high, c, stream), q = p // 4, and the two halves of the
+    64-bit seed as key. It depends on nothing else: not on threads, layout, dtype or device.
+    """
+    device = seed.device
+    q = torch.arange((positions + 3) // 4, device=device).view(-1, 1)
+    column = torch.arange(columns, device=device).view(1, -1)
+    words = philox((_low(q), _high(q), column, torch.full_like(q, stream)), (_low(seed), _high(seed)))
+    words = torch.broadcast_tensors(*words)
+    return torch.stack(box_muller(words), dim=1).reshape(-1, columns)[:positions]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# activation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def activation_forward(
+    x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = act(x) + noise_std * 1[not x <= 0] * xi; the active elements of each channel; their bits. See `ops.activation`."""
+    live = ~(x <= 0)
+    channel_dim %= x.dim()
+    active = live.sum([d for d in range(x.dim()) if d != channel_dim])
+    y = _value(_wide(x), activation, slope)
+    mask = x.new_empty(0, dtype=torch.uint8)
+    if noise_std > 0:
+        shape = list(x.shape)
+        channels = shape.pop(channel_dim)
+        xi = noise(math.prod(shape), channels, 0, seed).view(*shape, channels).movedim(-1, channel_dim)
+        y = y + noise_std * live * xi.to(y.dtype)
+        if activation in ("relu", "leaky_relu"):
+            mask = _pack(_in_layout_of(x, live))
+    return _in_layout_of(x, y.to(x.dtype)), active, mask
+
+
+def activation_forward_(
+    x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`activation_forward` written over x: relu and leaky_relu with a positive slope."""
+    y, active, mask = activation_forward(x, activation, slope, channel_dim, noise_std, seed)
+    x.copy_(y)
+    return active, mask
+
+
+def activation_backward(grad: Tensor, saved: Tensor, mask: Tensor, activation: str, slope: float) -> Tensor:
+    """grad * act'(x). relu and leaky_relu know the sign from the mask's bits if there are any, from `saved` otherwise."""
+    if activation in ("relu", "leaky_relu"):
+        live = _unpack(mask, grad) if mask.numel() else ~(saved <= 0)
+        return torch.where(live, grad, _wide(grad) * slope if activation == "leaky_relu" else 0).to(grad.dtype)
+    x = _wide(saved)
+    if activation == "silu":
+        sigmoid = torch.sigmoid(x)
+        slope_at_x = sigmoid * (1 + x * (1 - sigmoid))
+    elif activation == "gelu":
+        slope_at_x = _normal_cdf(x) + x * _normal_pdf(x)
+    else:
+        t, du, _ = _tanh_argument(x)
+        slope_at_x = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du
+    return _in_layout_of(grad, (_wide(grad) * slope_at_x).to(grad.dtype))
+
+
+def activation_second_derivative(x: Tensor, activation: str) -> Tensor:
+    """act''(x) of gelu, gelu_tanh and silu, for double backward."""
+    x = _wide(x)
+    if activation == "silu":
+        s = torch.sigmoid(x)
+        return s * (1 - s) * (2 + x * (1 - 2 * s))
+    if activation == "gelu":
+        return _normal_pdf(x) * (2 - x * x)
+    t, du, ddu = _tanh_argument(x)
+    return (1 - t * t) * (du + 0.5 * x * ddu - x * t * du * du)
+
+
+def _value(x: Tensor, activation: str, slope: float) -> Tensor:
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, slope)
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+def _normal_pdf(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+
+def _tanh_argument(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tanh(u), u' and u'' of gelu_tanh's u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    k = math.sqrt(2 / math.pi)
+    u = k * (x + 0.044715 * x * x * x)
+    return torch.tanh(u), k * (1 + 3 * 0.044715 * x * x), 6 * k * 0.044715 * x
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The type the arithmetic is done in: float64 for float64, float32 for the others."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _in_layout_of(x: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=value.dtype).copy_(value)
+
+
+def _pack(live: Tensor) -> Tensor:
+    """One bit an element in memory order: bit i % 8 of byte i // 8."""
+    flat = live.as_strided((live.numel(),), (1,))
+    flat = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (flat * (1 << torch.arange(8, device=live.device))).sum(1).to(torch.uint8)
+
+
+def _unpack(mask: Tensor, like: Tensor) -> Tensor:
+    """The bits of `_pack` as a bool tensor of like's shape and memory order."""
+    bits = (mask.view(-1, 1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
+    live = torch.empty_like(like, dtype=torch.bool)
+    live.as_strided((live.numel(),), (1,)).copy_(bits.reshape(-1)[: live.numel()])
+    return live
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# weight noise
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def weight_noise_(tensors: Sequence[Tensor], live: Sequence[Tensor | None], std: float, seed: Tensor) -> None:
+    """t += std * live[row] * xi for every tensor; rows are dim 0, stream 1 + its index in the list."""
+    for index, (t, rows) in enumerate(zip(tensors, live)):
+        count = t.shape[0] if t.dim() else 1
+        xi = noise(count, t.numel() // max(count, 1), 1 + index, seed).view(t.shape)
+        step = std * _wide(xi.to(t.dtype) if t.dtype == torch.float64 else xi.float())
+        if rows is not None:
+            step = step * rows.view(-1, *[1] * (t.dim() - 1)) if t.dim() else step * rows.view(())
+        t.copy_(_wide(t) + step)
