@@ -7,14 +7,13 @@
     _host    pybind11 module without torch: build and CPU facts, the noise's integer stream, the allocator
 
 A library that cannot be built is left out and the package works without it; the reason is kept in
-demp_kernels/_build_record.json, where ``demp info`` finds it. Environment:
+demp_kernels/_build_record.json, where `demp info` finds it. Environment:
 
     DEMP_REQUIRE_EXT=1     a library that should be there and cannot be built is an error
     DEMP_CUDA=0|1|auto     never build _C_cuda, insist on it, or build it where possible (default)
     TORCH_CUDA_ARCH_LIST   as in PyTorch; default 8.0;9.0;10.0+PTX
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, NVCC_FLAGS, MAX_JOBS   as usual
 """
-
 from __future__ import annotations
 
 import fcntl
@@ -138,9 +137,20 @@ def build_all(scratch: Path) -> tuple[dict[str, Path], dict[str, object]]:
         "torch": torch.version if torch else "",
         "compiler": toolchain.describe_compiler(cxx) if cxx else "",
         "flags": " ".join([*CXX_FLAGS, *_flags("CXXFLAGS")]),
+        "nvcc": _describe_nvcc(torch),
         "libraries": libraries,
     }
     return files, record
+
+
+def _describe_nvcc(torch: toolchain.Torch | None) -> str:
+    if torch is None:
+        return ""
+    try:
+        nvcc = toolchain.find_nvcc(torch)
+    except Unavailable as reason:
+        return str(reason)
+    return f"{nvcc.version} at {nvcc.path}"
 
 
 def check_required(libraries: dict[str, dict[str, object]]) -> None:
@@ -156,7 +166,7 @@ def check_required(libraries: dict[str, dict[str, object]]) -> None:
 
 
 class BuildLibraries(build_ext):
-    """``build_ext`` that builds the three libraries and writes the record beside them."""
+    """`build_ext` that builds the three libraries and writes the record beside them."""
 
     def run(self) -> None:
         files, record = build_all(ROOT / "build" / "native")

@@ -1,11 +1,10 @@
-"""PEP 517 backend: ``setuptools.build_meta`` that sees the target environment's site-packages.
+"""PEP 517 backend: `setuptools.build_meta` that sees the target environment's site-packages.
 
-pip builds in an isolated environment, before it installs dependencies. With ``requires = ["torch"]`` it
+pip builds in an isolated environment, before it installs dependencies. With `requires = ["torch"]` it
 would fetch a second torch, of several gigabytes and maybe of another version than the one the package
 will run with. pip runs these hooks with the target environment's own interpreter and hides only its
 site-packages, so this backend appends them again and asks pip for what is missing there, and only that.
 """
-
 from __future__ import annotations
 
 import os

@@ -4,7 +4,6 @@ Objects are rebuilt when their command line or any file they include changed (th
 list of those), all cores are used, and a library is replaced in one step, so that running processes keep
 the one they have loaded.
 """
-
 from __future__ import annotations
 
 import json
@@ -33,7 +32,7 @@ class Library:
 
 
 def build(library: Library, root: Path, scratch: Path) -> Path:
-    """Build ``library`` under ``scratch`` and return the file. Raises Unavailable with the compiler's words."""
+    """Build `library` under `scratch` and return the file. Raises Unavailable with the compiler's words."""
     folder = scratch / library.name
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(max_workers=_jobs()) as pool:

@@ -2,7 +2,6 @@
 
 Nothing here imports torch (seconds, and it may lack dependencies at build time) or runs on import.
 """
-
 from __future__ import annotations
 
 import importlib.util
@@ -42,13 +41,13 @@ class Nvcc:
 
 
 def release_of(version: str) -> tuple[int, int]:
-    """The first two numbers of a version: ``"2.14.1+cu130"`` -> ``(2, 14)``."""
+    """The first two numbers of a version: `"2.14.1+cu130"` -> `(2, 14)`."""
     numbers = [int(n) for n in re.findall(r"\d+", version.split("+")[0])[:2]]
     return (numbers + [0, 0])[0], (numbers + [0, 0])[1]
 
 
 def find_cxx() -> list[str] | None:
-    """The C++ compiler as a command: ``$CXX``, which may carry arguments ("ccache g++"), or one on PATH."""
+    """The C++ compiler as a command: `$CXX`, which may carry arguments ("ccache g++"), or one on PATH."""
     named = shlex.split(os.environ.get("CXX", ""))
     if named:
         return named if shutil.which(named[0]) else None
@@ -67,7 +66,7 @@ def require_cxx() -> list[str]:
 
 
 def describe_compiler(command: list[str]) -> str:
-    """The first line of ``--version``, for the build record."""
+    """The first line of `--version`, for the build record."""
     try:
         shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -126,7 +125,7 @@ def _nvcc_version(path: Path) -> str | None:
 
 
 def cuda_architecture_flags(listed: str) -> list[str]:
-    """``"8.0;9.0+PTX"`` -> the ``-gencode`` flags for those. Raises Unavailable on anything else."""
+    """`"8.0;9.0+PTX"` -> the `-gencode` flags for those. Raises Unavailable on anything else."""
     flags = []
     for entry in re.split(r"[;,\s]+", listed.strip()):
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
@@ -140,7 +139,7 @@ def cuda_architecture_flags(listed: str) -> list[str]:
 
 
 def find_pybind11(torch: Torch | None) -> Path:
-    """The folder that holds ``pybind11/pybind11.h``: of the pybind11 package, or the copy that torch ships."""
+    """The folder that holds `pybind11/pybind11.h`: of the pybind11 package, or the copy that torch ships."""
     spec = importlib.util.find_spec("pybind11")
     folders = [Path(spec.origin).parent / "include"] if spec and spec.origin else []
     if torch:
