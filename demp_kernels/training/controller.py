@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compaction import CompactionReport, compact
+from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
-from ..ops.weight_noise import weight_noise_
 from .liveness import StepLiveness, activations_of, scan_dead, window_dead
 from .penalty import PENALTY_NORMS, penalised_parameters, penalty_value
 from .schedule import SCHEDULES
@@ -247,8 +247,7 @@ class DemP:
         gates = self.graph.gates
         targets = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         masks = [live.get(gates.get(name, "")) for name, _ in targets]
-        with torch.no_grad():
-            weight_noise_([p for _, p in targets], masks, std, self._noise_seed)
+        weight_noise_([p for _, p in targets], std, masks, self._noise_seed)
         self._noise_seed.add_(1)
 
     def _remove_dead(self) -> CompactionReport:
