@@ -192,18 +192,17 @@ def test_finalize_keeps_a_selection() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
+            self.conv, self.skip = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.conv(x) + x[:, :4]
+            return self.conv(x) + self.skip(x)
 
-    prepared = dk.prepare(Residual(), torch.randn(1, 5, 6, 6)).eval()
-    (add,) = [m for m in prepared.modules() if isinstance(m, dk.SelectiveAdd)]
-    add.set_selection(torch.tensor([3, -1, 0, 1]), 4)
-    prepared.conv = nn.Conv2d(5, 4, 1)
-    x = torch.randn(2, 5, 6, 6)
-    expected = prepared.conv(x)
-    for out, source in ((0, 3), (2, 0), (3, 1)):
-        expected[:, out] += x[:, source]
+    prepared = dk.prepare(Residual(), torch.randn(1, 3, 6, 6)).eval()
+    prepared.skip = nn.Conv2d(3, 5, 1)
+    prepared.add.set_selection(torch.tensor([3, -1, 0, 4]), 5)
+    x = torch.randn(2, 3, 6, 6)
+    expected, skip = prepared.conv(x), prepared.skip(x)
+    for out, source in ((0, 3), (2, 0), (3, 4)):
+        expected[:, out] += skip[:, source]
     assert torch.allclose(prepared(x), expected)
     assert torch.allclose(dk.finalize(prepared)(x), expected)

@@ -348,7 +348,8 @@ def _propagate_shapes(model: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
         with torch.no_grad():
             Interpreter(model, fake_mode).propagate(*fakes)
     except Exception as error:
-        raise PrepareError(f"prepare: the model does not run on the example inputs: {error}") from error
+        cause = error.__cause__ or error  # the interpreter wraps what went wrong in pages of its own state
+        raise PrepareError(f"prepare: the model does not run on the example inputs: {cause}") from error
     finally:
         for module, training in modes.items():
             module.training = training
