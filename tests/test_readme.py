@@ -1,0 +1,43 @@
+"""The README's code runs, its two commands are where `.ci/run` looks for them, and its links lead somewhere."""
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+
+
+def test_there_is_an_example() -> None:
+    assert PYTHON
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=[f"block{i}" for i in range(len(PYTHON))])
+def test_example_runs(code: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:demp_kernels"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_commands_install_and_run() -> None:
+    commands = [code.strip() for language, code in BLOCKS if language == "bash" and code.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert all(len(command.splitlines()) == 1 for command in commands)
+    train, test = commands
+    assert train.endswith('pip install -e ".[train]" && demp train')
+    assert test.endswith('pip install -e ".[test]" && pytest')
+
+
+def test_files_it_names_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
