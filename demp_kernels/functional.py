@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from .ops import activation as _activation
+from .ops import norm_act as _norm_act
 from .ops import weight_noise as _weight_noise
 
-__all__ = ["relu", "relu_", "leaky_relu", "leaky_relu_", "gelu", "silu", "weight_noise_"]
+__all__ = ["relu", "relu_", "leaky_relu", "leaky_relu_", "gelu", "silu", "norm_act", "weight_noise_"]
 
 
 def relu(
@@ -78,6 +79,42 @@ def silu(
 ) -> tuple[Tensor, Tensor]:
     """x sigmoid(x), and the active elements (not x <= 0) of each channel."""
     return _forward(x, "silu", 0.0, channel_dim, noise_std, seed)
+
+
+def norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    slope: float = 0.01,
+    eps: float = 1e-5,
+    noise_std: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch normalisation of (N, C, *) with batch statistics, an optional residual and an activation, in one op.
+
+    Equivalent to
+
+        z = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps) (+ residual)
+        y, active = relu(z)                 # or leaky_relu with `slope`, gelu, gelu_tanh, silu
+        var, mean = torch.var_mean(x, dims, correction=0)
+
+    Returns y, active (C,) int64, mean (C,), var (C,) in float32 (float64 for float64). mean and var carry no gradient.
+    residual: x's shape and dtype. Raises ValueError for a wrong argument; see `ops.norm_act`.
+    """
+    if not _activation.is_dense(x):
+        x = x.contiguous()
+    if residual is not None and residual.shape == x.shape and not _activation.same_order(residual, x):
+        residual = residual.contiguous(memory_format=_activation.memory_format(x))
+    seed = _seed(seed, x.device) if noise_std > 0 else None
+    arguments = (x, weight, bias, residual, activation, slope, eps, noise_std, seed)
+    try:
+        y, active, mean, var, _ = _norm_act.forward(*arguments)
+    except RuntimeError:
+        _norm_act.check_forward(*arguments)
+        raise
+    return y, active, mean, var
 
 
 def weight_noise_(

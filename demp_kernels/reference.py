@@ -191,3 +191,116 @@ def weight_noise_(tensors: Sequence[Tensor], live: Sequence[Tensor | None], std:
         if rows is not None:
             step = step * rows.view(-1, *[1] * (t.dim() - 1)) if t.dim() else step * rows.view(())
         t.copy_(_wide(t) + step)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# norm_act
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    slope: float,
+    eps: float,
+    noise_std: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y = act(z) + noise, z = batch_norm(x) (+ residual): y, active, mean, var, mask. See `ops.norm_act`."""
+    mean, var = norm_act_statistics(x)
+    z = _in_layout_of(x, _normalised(x, weight, bias, residual, mean, var, eps))
+    y, active, _ = activation_forward(z, activation, slope, 1, noise_std, seed)
+    mask = x.new_empty(0, dtype=torch.uint8)
+    if residual is not None and activation in ("relu", "leaky_relu"):
+        mask = _pack_runs(~(z <= 0))
+    return _in_layout_of(x, y), active, mean, var, mask
+
+
+def norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    mask: Tensor,
+    activation: str,
+    slope: float,
+    eps: float,
+    added: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the residual (empty if there was none)."""
+    if added and activation in ("relu", "leaky_relu"):
+        live = _unpack_runs(mask, grad)
+        dz = torch.where(live, _wide(grad), _wide(grad) * slope if activation == "leaky_relu" else 0)
+    else:
+        z = _normalised(x, weight, bias, residual, mean, var, eps)
+        dz = activation_backward(_wide(grad), z, mask.new_empty(0), activation, slope)
+    dims = [d for d in range(x.dim()) if d != 1]
+    invstd = 1 / torch.sqrt(var + eps)
+    xhat = (_wide(x) - _channels(mean, x)) * _channels(invstd, x)
+    grad_weight, grad_bias = (dz * xhat).sum(dims), dz.sum(dims)
+    count = max(x.numel() // max(x.shape[1], 1), 1)
+    scale = invstd if weight is None else invstd * weight
+    grad_x = _channels(scale, x) * (dz - _channels(grad_bias / count, x) - xhat * _channels(grad_weight / count, x))
+    grad_residual = _in_layout_of(grad, dz.to(grad.dtype)) if added else grad.new_empty(0)
+    return (
+        _in_layout_of(x, grad_x.to(x.dtype)),
+        grad_weight if weight is None else grad_weight.to(weight.dtype),
+        grad_bias if bias is None else grad_bias.to(bias.dtype),
+        grad_residual,
+    )
+
+
+def norm_act_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every channel; zeros if there are no elements."""
+    wide = _wide(x)
+    if not x.numel():
+        return wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1])
+    var, mean = torch.var_mean(wide, [d for d in range(x.dim()) if d != 1], correction=0)
+    return mean, var
+
+
+def _normalised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """z = (x - mean) * (weight / sqrt(var + eps)) + bias (+ residual), in the wide type."""
+    scale = 1 / torch.sqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    z = (_wide(x) - _channels(mean, x)) * _channels(scale, x)
+    if bias is not None:
+        z = z + _channels(_wide(bias), x)
+    return z if residual is None else z + _wide(residual)
+
+
+def _channels(value: Tensor, like: Tensor) -> Tensor:
+    return value.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _pack_runs(live: Tensor) -> Tensor:
+    """`_pack` with every run starting a new byte: (runs, ceil(length / 8))."""
+    runs, length = norm_act_runs(live)
+    flat = F.pad(live.as_strided((runs, length), (length, 1)), (0, -length % 8)).view(runs, (length + 7) // 8, 8)
+    return (flat * (1 << torch.arange(8, device=live.device))).sum(2).to(torch.uint8)
+
+
+def _unpack_runs(mask: Tensor, like: Tensor) -> Tensor:
+    """The bits of `_pack_runs` as a bool tensor of like's shape and memory order."""
+    runs, length = norm_act_runs(like)
+    bits = (mask.unsqueeze(2) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
+    live = torch.empty_like(like, dtype=torch.bool)
+    live.as_strided((runs, length), (length, 1)).copy_(bits.view(runs, mask.shape[1] * 8)[:, :length])
+    return live
+
+
+def norm_act_runs(x: Tensor) -> tuple[int, int]:
+    """Number and length of the stretches of memory with their own bytes in the mask: one a plane where x is contiguous,
+    one in all where the channels are last. Threads that share planes out among them then write no common byte."""
+    if x.is_contiguous():
+        return x.shape[0] * x.shape[1], math.prod(x.shape[2:])
+    return 1, x.numel()
