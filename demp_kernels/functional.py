@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from .ops import activation as _activation
+from .ops import channel_select as _channel_select
 from .ops import norm_act as _norm_act
 from .ops import weight_noise as _weight_noise
 
-__all__ = ["relu", "relu_", "leaky_relu", "leaky_relu_", "gelu", "silu", "norm_act", "weight_noise_"]
+__all__ = ["channel_select", "relu", "relu_", "leaky_relu", "leaky_relu_", "gelu", "silu", "norm_act", "weight_noise_"]
 
 
 def relu(
@@ -141,6 +142,15 @@ def weight_noise_(
         raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)  # so that autograd notices, as for every in-place operation
+
+
+def channel_select(x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int = 1) -> Tensor:
+    """y[:, c] = x[:, index[c]] where index[c] >= 0, else 0; `inverse` is the inverse map of `index`, for the gradient."""
+    try:
+        return _channel_select.channel_select(x, index, inverse, channel_dim)
+    except RuntimeError:
+        _channel_select.check(x, index, inverse, channel_dim)
+        raise
 
 
 def _forward(

@@ -304,3 +304,40 @@ def norm_act_runs(x: Tensor) -> tuple[int, int]:
     if x.is_contiguous():
         return x.shape[0] * x.shape[1], math.prod(x.shape[2:])
     return 1, x.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# compaction
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format in which ops that change the number of channels return their result."""
+    if not x.is_contiguous():
+        for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if x.dim() == dims and x.is_contiguous(memory_format=layout):
+                return layout
+    return torch.contiguous_format
+
+
+def channel_select(x: Tensor, index: Tensor, channel_dim: int) -> Tensor:
+    """y[:, c] = x[:, index[c]] where index[c] >= 0, else 0."""
+    channels = x.shape[channel_dim]
+    shape = list(x.shape)
+    shape[channel_dim] = 1
+    padded = torch.cat([x, x.new_zeros(shape)], channel_dim)  # -1 reads the channel of zeros
+    y = padded.index_select(channel_dim, index.remainder(channels + 1))
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def compact(
+    sources: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The kept rows (dim 0) and columns (dim 1) of every source."""
+    kept = []
+    for source, row, column in zip(sources, rows, columns):
+        out = source if row is None else source.index_select(0, row)
+        out = out if column is None else out.index_select(1, column)
+        out = out.contiguous(memory_format=memory_format(source))
+        kept.append(out.clone() if out is source else out)
+    return kept

@@ -1,0 +1,68 @@
+"""compact: the kept rows and columns of a whole list of tensors, in one call.
+
+    out[i] = sources[i].index_select(0, rows[i]).index_select(1, columns[i])
+
+    sources: tensors with at least one dimension (two where columns are given); any dtype and strides; one device. A
+        conv weight's rows are its outputs, its columns its inputs.
+    rows, columns: for each tensor a 1-D int64 tensor of indices, or None: all. On the sources' device.
+    Returns new tensors; channels_last sources stay channels_last, all others come out contiguous.
+
+It has no gradient. Equivalent to `reference.compact`.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .activation import dtype_name, shape_text
+
+library = torch.library.Library("demp_kernels", "FRAGMENT")
+library.define(
+    "compact(Tensor[] sources, Tensor?[] rows, Tensor?[] columns) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,)
+)
+compact = torch.ops.demp_kernels.compact.default
+
+
+def check(sources: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]) -> None:
+    """Raise ValueError for the first argument that is wrong. The compiled kernel uses the same words."""
+    for name, indices in (("rows", rows), ("columns", columns)):
+        if len(indices) != len(sources):
+            raise ValueError(f"compact: {name} must have one entry a source ({len(sources)}), got {len(indices)}")
+    for i, source in enumerate(sources):
+        needed = 2 if columns[i] is not None else 1
+        if source.dim() < needed:
+            raise ValueError(
+                f"compact: sources[{i}] must have at least {needed} dimensions, got shape {shape_text(source.shape)}"
+            )
+        for name, index in (("rows", rows[i]), ("columns", columns[i])):
+            if index is not None and (index.dim() != 1 or index.dtype != torch.int64 or index.device != source.device):
+                raise ValueError(
+                    f"compact: {name}[{i}] must be a 1-D int64 tensor on {source.device}, got "
+                    f"{dtype_name(index.dtype)} of shape {shape_text(index.shape)} on {index.device}"
+                )
+
+
+def _reference(
+    sources: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]
+) -> list[Tensor]:
+    check(sources, rows, columns)
+    return reference.compact(sources, rows, columns)
+
+
+def _fake(sources: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]) -> list[Tensor]:
+    check(sources, rows, columns)
+    outputs = []
+    for source, row, column in zip(sources, rows, columns):
+        shape = list(source.shape)
+        for dim, index in enumerate((row, column)):
+            if index is not None:
+                shape[dim] = index.shape[0]
+        outputs.append(source.new_empty(shape).contiguous(memory_format=reference.memory_format(source)))
+    return outputs
+
+
+library.impl("compact", _reference, "CompositeExplicitAutograd")
+torch.library.register_fake("demp_kernels::compact", _fake, lib=library)
