@@ -1,0 +1,1 @@
+"""The programs behind the command line: models, data, the training loop, the report."""

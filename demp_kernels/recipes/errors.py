@@ -1,0 +1,20 @@
+"""Errors that a person causes and can mend: the command line shows them as one line, with exit code 2."""
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["RecipeError", "need"]
+
+
+class RecipeError(ValueError):
+    """A request that cannot be met. Its text is one line that names what was asked, what is required, what was found."""
+
+
+def need(module: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say in one line what it is for and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
+        raise RecipeError(f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}") from error

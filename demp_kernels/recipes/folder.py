@@ -1,0 +1,129 @@
+"""Image folders (one sub-folder a class) through torchvision's ImageFolder and a DataLoader."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+
+from .errors import RecipeError, need
+
+__all__ = ["FolderBatches", "load_folder"]
+
+# mean and standard deviation of ImageNet's pixels (0..255), the usual ones for photographs
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
+
+SCANNED = 1536
+"""Images that a scan for dead units looks at, as many as the authors' on CIFAR-10."""
+
+
+class FolderBatches:
+    """Batches of a DataLoader of uint8 images, normalised on the device.
+
+    Args:
+        loader: of training or test images. plain: for training, a loader of a random choice of them, not augmented.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device, plain: DataLoader | None = None) -> None:
+        self.loader, self.device, self.plain = loader, device, plain
+        self.mean = torch.tensor(MEAN, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(STD, device=device).view(-1, 1, 1)
+
+    @property
+    def samples(self) -> int:
+        return len(self.loader.dataset)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.loader:
+            yield self._pixels(images), labels.to(self.device, non_blocking=True)
+
+    def scan(self) -> Iterator[Tensor]:
+        """Images for a scan, fresh ones each time, not augmented, in batches."""
+        for images, _ in self.plain:
+            yield self._pixels(images)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
+
+
+def load_folder(
+    folder: Path | None, *, batch_size: int, seed: int, device: torch.device, train_size: int | None, image_size: int,
+    workers: int,
+) -> tuple[int, FolderBatches, FolderBatches, int]:
+    """(classes, training batches, test batches, training images there are).
+
+    `folder` has train/ and val/ (or test/), each with one sub-folder a class; or only the sub-folders of the classes,
+    of which a fifth of the images, the same in every run, then becomes the test set. Training images are cropped and
+    mirrored at random, test images at the centre.
+    """
+    if folder is None:
+        raise RecipeError("data-dir is required for data 'folder', got none")
+    augmented, centred = _transforms(image_size)
+    classes, train, plain, test = _parts(folder, augmented, centred)
+    total = len(train)
+    if train_size is not None and train_size < total:
+        chosen = _fixed_order(total)[:train_size]
+        train, plain = Subset(train, chosen), Subset(plain, chosen)
+    if batch_size > len(train):
+        raise RecipeError(f"batch-size must be at most the number of training images, {len(train)}, got {batch_size}")
+
+    def loader(images: Dataset, stay: bool = True, **options: Any) -> DataLoader:
+        # every loader draws from a generator of its own, so that two runs of one seed see the same batches
+        return DataLoader(
+            images, batch_size, num_workers=workers, persistent_workers=stay and workers > 0,
+            pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(seed), **options,
+        )
+
+    some = RandomSampler(plain, num_samples=min(SCANNED, len(plain)), generator=torch.Generator().manual_seed(seed))
+    training = FolderBatches(loader(train, shuffle=True, drop_last=True), device, loader(plain, stay=False, sampler=some))
+    return classes, training, FolderBatches(loader(test), device), total
+
+
+def _transforms(size: int) -> tuple[Any, Any]:
+    transforms = need("torchvision.transforms", "data 'folder'")
+    augmented = transforms.Compose([
+        transforms.RandomResizedCrop(size, scale=(0.25, 1.0)), transforms.RandomHorizontalFlip(), transforms.PILToTensor(),
+    ])
+    centred = transforms.Compose([
+        transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), transforms.PILToTensor(),
+    ])
+    return augmented, centred
+
+
+def _parts(folder: Path, augmented: Any, centred: Any) -> tuple[int, Dataset, Dataset, Dataset]:
+    """(classes, training images, the same not augmented, test images)."""
+    if not (folder / "train").is_dir():
+        whole, plain = _images(folder, augmented), _images(folder, centred)
+        order = _fixed_order(len(whole))
+        cut = max(len(order) // 5, 1)
+        return len(whole.classes), Subset(whole, order[cut:]), Subset(plain, order[cut:]), Subset(plain, order[:cut])
+    held_out = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    if held_out is None:
+        raise RecipeError(f"data-dir must have val or test beside train, got {folder}")
+    train, plain, test = (_images(place, how) for place, how in (
+        (folder / "train", augmented), (folder / "train", centred), (held_out, centred)
+    ))
+    if train.classes != test.classes:
+        raise RecipeError(f"data-dir must have the same classes in train and {held_out.name}, which differ in {folder}")
+    return len(train.classes), train, plain, test
+
+
+def _fixed_order(count: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def _images(folder: Path, transform: Any) -> Any:
+    datasets = need("torchvision.datasets", "data 'folder'")
+    try:
+        return datasets.ImageFolder(str(folder), transform)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"data-dir must hold one sub-folder of images a class, got {folder} ({reason})") from error

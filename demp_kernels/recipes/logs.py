@@ -1,0 +1,70 @@
+"""What a run leaves behind while it goes: metrics.csv and, by flag, TensorBoard."""
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from .errors import need
+from .loop import RunResult
+
+__all__ = ["COLUMNS", "CsvLog", "TensorBoardLog", "write_units"]
+
+COLUMNS = (
+    "run", "step", "epoch", "seconds", "seconds_per_step", "loss", "accuracy", "lr", "penalty_weight", "noise_std",
+    "live_units", "params", "flops",
+)
+"""Columns of metrics.csv. seconds: of training since the run's start; seconds_per_step: median since the row before;
+loss: mean of the task loss since the row before; accuracy: on the test images, at the ends of epochs."""
+
+
+class CsvLog:
+    """Rows of all runs in one file, on disk as soon as they are known."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+
+    def row(self, result: RunResult, row: dict[str, Any]) -> None:
+        self._writer.writerow({name: _short(value) for name, value in row.items()})
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardLog:
+    """The same rows as TensorBoard scalars, a folder a run, and the live units of every layer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._make = need("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        self._writers: dict[str, Any] = {}
+
+    def row(self, result: RunResult, row: dict[str, Any]) -> None:
+        if result.name not in self._writers:
+            self._writers[result.name] = self._make(str(self._folder / result.name))
+        writer = self._writers[result.name]
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                writer.add_scalar(name, value, row["step"])
+        for layer, live in result.live.items():
+            writer.add_scalar(f"live_units/{layer}", live, row["step"])
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+def write_units(path: Path, result: RunResult) -> None:
+    """units.csv: live units of every layer at the start and after every removal."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "layer", "live", "total"))
+        for step, live in result.units:
+            writer.writerows((step, layer, count, result.total[layer]) for layer, count in live.items())
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value

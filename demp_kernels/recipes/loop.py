@@ -1,0 +1,277 @@
+"""The training loop: one for the dense baseline, for DemP, and for whatever is compared with them."""
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..training import save_checkpoint
+from .data import ImageData, load_data
+from .errors import RecipeError
+from .flops import count_flops, count_parameters
+from .machine import StepClock
+from .methods import Method, Plan
+from .models import MODELS, build_model, is_convolutional
+from .settings import TrainSettings
+
+__all__ = ["RunResult", "Training", "Watcher", "read_data", "warm_up"]
+
+ROWS = 200
+"""Rows that a run writes into its log, about; the ends of epochs come on top."""
+
+
+@dataclass
+class RunResult:
+    """What a run has come to, finished or not."""
+
+    name: str
+    accuracy: float | None = None
+    train_seconds: float = 0.0
+    setup_seconds: float = 0.0
+    """Part of `train_seconds`: preparation and analysis of the network."""
+    seconds_per_step_first: float | None = None
+    seconds_per_step_last: float | None = None
+    steps: int = 0
+    total_steps: int = 0
+    params: int = 0
+    flops: int = 0
+    live: dict[str, int] = field(default_factory=dict)
+    total: dict[str, int] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    units: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    """(step, live units of each activation), the first entry at step 0, then after every removal."""
+
+    @property
+    def finished(self) -> bool:
+        return self.steps == self.total_steps > 0
+
+
+class Watcher(Protocol):
+    """Told of every row that a run logs: a progress display, a file."""
+
+    def row(self, result: RunResult, row: dict[str, Any]) -> None: ...
+
+
+class Training:
+    """One run of `method`.
+
+    Args:
+        settings: resolved. method: what to add to plain training. data: batches on the device.
+        watchers: told of every logged row.
+
+    Equal settings give equal initial weights and equal batches, whatever the method. The optimiser is AdamW (fused) with
+    decoupled weight decay on all parameters; the learning rate follows one cycle.
+    """
+
+    def __init__(self, settings: TrainSettings, method: Method, data: ImageData, watchers: list[Watcher]) -> None:
+        self.settings, self.method, self.data, self.watchers = settings, method, data, watchers
+        self.device = torch.device(settings.device)
+        torch.manual_seed(settings.seed)
+        model = new_model(settings, data)
+        self.layout = torch.channels_last if wants_channels_last(settings, model) else torch.contiguous_format
+        model = model.to(self.device, memory_format=self.layout)
+        steps_per_epoch = len(data.train)
+        total_steps = settings.epochs * steps_per_epoch
+        self.result = RunResult(method.name, total_steps=total_steps)
+        self._every = max(1, -(-total_steps // ROWS))
+        self.clock = StepClock(self.device)
+
+        began = time.perf_counter()
+        example = torch.zeros(2, data.channels, data.image_size, data.image_size, device=self.device)
+        self.model = method.prepare(model, example.contiguous(memory_format=self.layout))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, settings.lr, total_steps=total_steps + 1, cycle_momentum=False
+        )
+        method.attach(self.model, self.optimizer, Plan(settings, total_steps, steps_per_epoch, self._scan_batches))
+        self.result.setup_seconds = time.perf_counter() - began
+
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self._step_model = torch.compile(self.model, dynamic=False) if settings.compile else self.model
+        self._measure_model()
+
+    # --- running ---
+
+    def run(self) -> RunResult:
+        """Train to the end. Ctrl-C stops it after the step that is running, with KeyboardInterrupt."""
+        with _stop_between_steps() as stop:
+            for _ in range(self.settings.epochs):
+                self._epoch(stop)
+        return self.result
+
+    def save(self, path: Any) -> None:
+        """A checkpoint: weights, widths, optimiser and, for DemP, the controller."""
+        extra = {"settings": self.settings.as_json(), "steps": self.result.steps}
+        save_checkpoint(path, self.model, self.optimizer, self.method.controller, extra=extra)
+
+    def _epoch(self, stop: list[bool]) -> None:
+        result, clock = self.result, self.clock
+        self.model.train()
+        task = torch.zeros((), device=self.device)
+        last = logged = result.steps
+        last += len(self.data.train)
+        batches = iter(self.data.train)
+        while result.steps < last:
+            clock.start()
+            loss, changed = self._step(*next(batches))
+            task += loss
+            clock.stop()
+            result.steps += 1
+            if changed:
+                self._measure_model()
+            at_end = result.steps == last
+            if at_end or stop or result.steps % self._every == 0:
+                accuracy = self.evaluate() if at_end else None
+                self._log(task.item() / (result.steps - logged), result.steps - logged, accuracy)
+                task.zero_()
+                logged = result.steps
+            if stop:
+                raise KeyboardInterrupt
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
+        images = images.contiguous(memory_format=self.layout)
+        with self._autocast():
+            task = F.cross_entropy(self._step_model(images), labels)
+        penalty = self.method.penalty()
+        loss = task if penalty is None else task + penalty
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        changed = self.method.step()
+        self.schedule.step()
+        if changed and self.settings.compile:
+            # every removal is a new shape; after eight of one function torch.compile would go on without compiling
+            torch.compiler.reset()
+        return task.detach(), changed
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Share of the test images that are classified correctly. Not part of the training time."""
+        self.model.eval()
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        count = 0
+        for images, labels in self.data.test:
+            with self._autocast():
+                output = self.model(images.contiguous(memory_format=self.layout))
+            right += (output.argmax(1) == labels).sum()
+            count += len(labels)
+        self.model.train()
+        return right.item() / count
+
+    # --- bookkeeping ---
+
+    def _log(self, loss: float, steps: int, accuracy: float | None) -> None:
+        result = self.result
+        if not math.isfinite(loss):
+            raise RecipeError(f"{result.name}: the loss is {loss} at step {result.steps}; lr {self.settings.lr} may be too high")
+        self.clock.flush()
+        seconds = self.clock.seconds
+        edge = max(1, min(len(self.data.train), result.total_steps // 10))
+        result.train_seconds = result.setup_seconds + sum(seconds)
+        result.seconds_per_step_first = median(seconds[:edge])
+        result.seconds_per_step_last = median(seconds[-edge:])
+        if accuracy is not None:
+            result.accuracy = accuracy
+        row = {
+            "run": result.name, "step": result.steps, "epoch": -(-result.steps // len(self.data.train)),
+            "seconds": result.train_seconds, "seconds_per_step": median(seconds[-steps:]), "loss": loss,
+            "accuracy": accuracy, "lr": self.schedule.get_last_lr()[0], **self.method.state(),
+            "live_units": sum(result.live.values()) or None, "params": result.params, "flops": result.flops,
+        }
+        result.rows.append(row)
+        for watcher in self.watchers:
+            watcher.row(result, row)
+
+    def _measure_model(self) -> None:
+        result = self.result
+        result.live, result.total = self.method.units()
+        result.units.append((result.steps, dict(result.live)))
+        result.params = count_parameters(self.model)
+        shape = (1, self.data.channels, self.data.image_size, self.data.image_size)
+        result.flops = count_flops(self.model, torch.zeros(shape, device=self.device))
+
+    def _scan_batches(self) -> Iterator[Tensor]:
+        for images in self.data.train.scan():
+            yield images.contiguous(memory_format=self.layout)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.settings.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None)
+
+
+def read_data(settings: TrainSettings) -> ImageData:
+    """The data set of a run, with a fresh order of batches. Raises RecipeError in one line if it cannot be had."""
+    return load_data(
+        settings.data, settings.data_dir, batch_size=settings.batch_size, seed=settings.seed,
+        device=torch.device(settings.device), train_size=settings.train_size, image_size=settings.image_size,
+        channels=None if settings.model in MODELS else 3, workers=settings.workers,
+    )
+
+
+def warm_up(settings: TrainSettings, data: ImageData) -> None:
+    """Two steps of a network that is thrown away, so that the first run does not pay for what a process pays once: lazy
+    imports, thread pools, the libraries' start."""
+    torch.manual_seed(settings.seed)
+    model = new_model(settings, data)
+    device = torch.device(settings.device)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
+    for _ in range(2):
+        images = torch.randn(settings.batch_size, data.channels, data.image_size, data.image_size, device=device)
+        F.cross_entropy(model(images), torch.zeros(settings.batch_size, dtype=torch.int64, device=device)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def new_model(settings: TrainSettings, data: ImageData) -> nn.Module:
+    """The network of a run on the CPU, tried on two images. Raises RecipeError if it does not take them."""
+    model = build_model(
+        settings.model, channels=data.channels, classes=data.classes, image_size=data.image_size, width=settings.width
+    )
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, data.channels, data.image_size, data.image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = f"{data.channels}x{data.image_size}x{data.image_size}"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecipeError(f"{settings.model} does not take images of {size}; image-size resizes them ({reason})") from error
+    return model.train()
+
+
+def wants_channels_last(settings: TrainSettings, model: nn.Module) -> bool:
+    """As asked for; by default for convolutional networks: 1.2 to 1.9 times faster on CPUs, and what tensor cores want."""
+    return is_convolutional(model) if settings.channels_last is None else settings.channels_last
+
+
+@contextmanager
+def _stop_between_steps() -> Iterator[list[bool]]:
+    """Yields a list that becomes non-empty at the first Ctrl-C, so that no step is cut in half; the second one interrupts
+    at once. Outside the main thread signals are left alone."""
+    asked: list[bool] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    try:
+        before = signal.signal(signal.SIGINT, on_signal)
+    except ValueError:
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

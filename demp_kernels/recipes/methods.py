@@ -1,0 +1,114 @@
+"""What a run adds to plain training. The loop is the same for every method."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..graph import prepare
+from ..training import DemP
+from .settings import TrainSettings
+
+__all__ = ["Dense", "Demon", "Method"]
+
+
+class Method(Protocol):
+    """Hooks of the training loop, in the order in which it calls them."""
+
+    name: str
+    controller: DemP | None
+
+    def prepare(self, model: nn.Module, example: Tensor) -> nn.Module:
+        """The network to train, from a freshly built one."""
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        """Once, before the first step."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of this step."""
+
+    def step(self) -> bool:
+        """After the optimiser's step. Returns whether the network has changed its shape."""
+
+    def units(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(live, total) units of every activation; empty where none are counted."""
+
+    def state(self) -> dict[str, float]:
+        """Numbers of the coming step for the log."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method may need to know about the run."""
+
+    settings: TrainSettings
+    total_steps: int
+    steps_per_epoch: int
+    scan_batches: Callable[[], Iterable[Any]]
+
+
+class Dense:
+    """The baseline: plain PyTorch, nothing counted, nothing removed."""
+
+    name = "dense"
+    controller = None
+
+    def prepare(self, model: nn.Module, example: Tensor) -> nn.Module:
+        return model
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        pass
+
+    def penalty(self) -> Tensor | None:
+        return None
+
+    def step(self) -> bool:
+        return False
+
+    def units(self) -> tuple[dict[str, int], dict[str, int]]:
+        return {}, {}
+
+    def state(self) -> dict[str, float]:
+        return {}
+
+
+class Demon:
+    """DemP: penalty on the scales, noise on live weights, dead units removed on the way."""
+
+    name = "demp"
+    controller: DemP | None = None
+
+    def prepare(self, model: nn.Module, example: Tensor) -> nn.Module:
+        return prepare(model, example)
+
+    def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+        settings = plan.settings
+        self.controller = DemP(
+            model,
+            optimizer,
+            total_steps=plan.total_steps,
+            peak_penalty=settings.peak_penalty,
+            peak_noise=settings.peak_noise,
+            prune_every=settings.prune_every or plan.steps_per_epoch,
+            criterion=settings.criterion,
+            scan_batches=plan.scan_batches if settings.criterion == "scan" else None,
+            round_to=settings.round_to,
+            seed=settings.seed,
+        )
+
+    def penalty(self) -> Tensor | None:
+        return self.controller.penalty()
+
+    def step(self) -> bool:
+        report = self.controller.step()
+        return report is not None and report.changed
+
+    def units(self) -> tuple[dict[str, int], dict[str, int]]:
+        return self.controller.live_units, self.controller.total_units
+
+    def state(self) -> dict[str, float]:
+        return {"penalty_weight": self.controller.penalty_weight, "noise_std": self.controller.noise_std}

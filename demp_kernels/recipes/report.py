@@ -1,0 +1,229 @@
+"""The results of `demp train`: a table in the terminal, summary.json, report.html."""
+from __future__ import annotations
+
+import base64
+import html
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from . import plots
+from .data import ImageData
+from .loop import RunResult
+from .progress import duration
+from .settings import TrainSettings
+
+__all__ = ["headline_rows", "summary", "terminal_table", "write_report", "write_summary"]
+
+
+def summary(runs: list[RunResult], settings: TrainSettings, data: ImageData, facts: dict[str, Any]) -> dict[str, Any]:
+    """What summary.json holds.
+
+    accuracy is a share of 1; train_seconds leave evaluation out and include DemP's preparation and removals;
+    seconds_per_step_* are medians over the first and the last epoch (or tenth of the run, if that is shorter); speedup is
+    dense train_seconds / demp train_seconds. A run that was not made is null.
+    """
+    by_name = {run.name: run for run in runs}
+    dense, demp = by_name.get("dense"), by_name.get("demp")
+    live, total = (sum(demp.live.values()), sum(demp.total.values())) if demp else (None, None)
+    both = dense is not None and demp is not None and dense.finished and demp.finished
+    return {
+        "dense": _run_summary(dense),
+        "demp": _run_summary(demp),
+        "live_units": live,
+        "total_units": total,
+        "speedup": dense.train_seconds / demp.train_seconds if both else None,
+        "layers": {layer: {"live": demp.live[layer], "total": demp.total[layer]} for layer in demp.total} if demp else {},
+        "interrupted": not all(run.finished for run in runs),
+        "data": {
+            "name": data.name, "train_images": data.train.samples, "train_images_there": data.train_total,
+            "test_images": data.test.samples, "classes": data.classes, "image_size": data.image_size,
+            "channels": data.channels,
+        },
+        "settings": settings.as_json(),
+        **facts,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _run_summary(run: RunResult | None) -> dict[str, Any] | None:
+    if run is None:
+        return None
+    names = (
+        "accuracy", "train_seconds", "seconds_per_step_first", "seconds_per_step_last", "params", "flops",
+        "setup_seconds", "steps", "total_steps",
+    )
+    return {name: getattr(run, name) for name in names}
+
+
+def write_summary(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def headline_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(column titles, rows) of the table that a person reads first: one column a run, the last one compares them."""
+    runs = {name: content[name] for name in ("dense", "demp") if content[name]}
+    units = {"dense": None, "demp": content["live_units"]}
+    rows = [
+        ["accuracy", *(_percent(run["accuracy"]) for run in runs.values())],
+        ["units live / total", *(_units(units[name], content["total_units"]) for name in runs)],
+        ["parameters", *(f"{run['params']:,}" for run in runs.values())],
+        ["FLOPs a sample", *(_big(run["flops"]) for run in runs.values())],
+        ["a step at the start", *(_time(run["seconds_per_step_first"]) for run in runs.values())],
+        ["a step at the end", *(_time(run["seconds_per_step_last"]) for run in runs.values())],
+        ["training time", *(f"{run['train_seconds']:.1f} s" for run in runs.values())],
+    ]
+    titles = ["", *(TITLES[name] for name in runs)]
+    if len(runs) < 2:
+        return titles, rows
+    dense, demp = runs["dense"], runs["demp"]
+    rows[0].append(_points(dense["accuracy"], demp["accuracy"]))
+    rows[1].append(_less(content["total_units"], content["live_units"]))
+    rows[2].append(_less(dense["params"], demp["params"]))
+    rows[3].append(_less(dense["flops"], demp["flops"]))
+    rows[4].append(_faster(dense["seconds_per_step_first"], demp["seconds_per_step_first"]))
+    rows[5].append(_faster(dense["seconds_per_step_last"], demp["seconds_per_step_last"]))
+    rows[6].append(_faster(dense["train_seconds"], demp["train_seconds"]) if content["speedup"] else "")
+    return [*titles, "change"], rows
+
+
+TITLES = {"dense": "dense", "demp": "DemP"}
+
+
+def terminal_table(content: dict[str, Any]) -> Table:
+    """The headline table for a rich console."""
+    titles, rows = headline_rows(content)
+    table = Table(title_justify="left", box=box.SIMPLE_HEAD)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True, style="bold" if title == "DemP" else None)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def write_report(path: Path, runs: list[RunResult], content: dict[str, Any], files: list[str]) -> None:
+    """report.html: one page that needs nothing but itself; `files` beside it are linked."""
+    titles, rows = headline_rows(content)
+    demp = next((run for run in runs if run.total), None)
+    figures = [
+        ("Accuracy against time", plots.accuracy_against_time(runs)),
+        ("Time of a step", plots.step_time(runs)),
+    ]
+    wide = []
+    if demp is not None and demp.rows:
+        figures.append(("Live units, and the penalty behind them", plots.units_and_penalty(demp)))
+        wide.append(("Live units of every layer", plots.layers_over_time(demp)))
+    settings, data = content["settings"], content["data"]
+    page = Template((Path(__file__).parent / "report.html").read_text()).substitute(
+        title=html.escape(f"{settings['model']} on {data['name']}"),
+        subtitle=html.escape(_subtitle(content)),
+        notice=_notice(content),
+        cards="".join(_card(*card) for card in _cards(content)),
+        head="".join(f"<th>{html.escape(title)}</th>" for title in titles),
+        body="".join(f"<tr>{_cells(row)}</tr>" for row in rows),
+        figures="".join(_figure(*figure) for figure in figures),
+        wide="".join(_figure(*figure) for figure in wide),
+        settings=_pairs({**settings, **content["machine"], **content["versions"]}),
+        files="".join(f'<li><a href="{html.escape(name)}">{html.escape(name)}</a></li>' for name in files),
+    )
+    path.write_text(page)
+
+
+def _cards(content: dict[str, Any]) -> list[tuple[str, str]]:
+    """The few numbers that a reader takes away: (number, what it is)."""
+    cards = []
+    dense, demp = content["dense"], content["demp"]
+    if content["speedup"]:
+        cards.append((f"{content['speedup']:.2f}x", "training speed, whole run"))
+    if demp:
+        if dense and demp["seconds_per_step_last"] and dense["seconds_per_step_last"]:
+            ratio = dense["seconds_per_step_last"] / demp["seconds_per_step_last"]
+            cards.append((f"{ratio:.2f}x", "speed of the last steps"))
+        cards.append((f"{1 - content['live_units'] / content['total_units']:.0%}", "of the units removed"))
+        if dense and demp["accuracy"] is not None and dense["accuracy"] is not None:
+            cards.append((_points(dense["accuracy"], demp["accuracy"]).split()[0], "points of accuracy against dense"))
+        elif demp["accuracy"] is not None:
+            cards.append((_percent(demp["accuracy"]), "test accuracy"))
+    return cards
+
+
+def _subtitle(content: dict[str, Any]) -> str:
+    settings, data = content["settings"], content["data"]
+    width = f"width {settings['width']}, " if settings["width"] else ""
+    return (
+        f"{width}{data['train_images']:,} training and {data['test_images']:,} test images, {settings['epochs']} epochs, "
+        f"batch {settings['batch_size']}, seed {settings['seed']}. {content['machine'].get('gpu') or content['machine']['processor']}, "
+        f"{content['machine']['threads']} threads, torch {content['versions']['torch']}. {content['date'][:10]}."
+    )
+
+
+def _notice(content: dict[str, Any]) -> str:
+    return '<p class="notice">Stopped before the end: what was known then.</p>' if content["interrupted"] else ""
+
+
+def _card(number: str, text: str) -> str:
+    return f'<div class="card"><b>{html.escape(number)}</b><span>{html.escape(text)}</span></div>'
+
+
+def _cells(row: list[str]) -> str:
+    first, *others = (html.escape(cell) for cell in row)
+    return f"<th>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in others)
+
+
+def _figure(title: str, svg: str) -> str:
+    # as an image: ids and styles of one figure cannot reach another
+    source = base64.b64encode(svg.encode()).decode()
+    return (
+        f'<figure><figcaption>{html.escape(title)}</figcaption>'
+        f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{source}"></figure>'
+    )
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    shown = {name: value for name, value in values.items() if value is not None}
+    return "".join(
+        f"<div><dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(_plain(value))}</dd></div>"
+        for name, value in shown.items()
+    )
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _points(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else f"{100 * (after - before):+.2f} points"
+
+
+def _units(live: int | None, total: int | None) -> str:
+    if total is None:
+        return ""
+    return f"{total if live is None else live:,} / {total:,}"
+
+
+def _big(number: int) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else duration(seconds)
+
+
+def _less(before: int, after: int) -> str:
+    return f"{after / before - 1:+.0%}"
+
+
+def _faster(before: float | None, after: float | None) -> str:
+    return "" if not before or not after else f"{before / after:.2f}x"

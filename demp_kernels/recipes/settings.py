@@ -1,0 +1,129 @@
+"""What a training run is made of: every choice, its default, its limits."""
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import DATA
+from .errors import RecipeError
+from .models import MODELS
+
+__all__ = ["DEFAULTS", "TrainSettings", "defaults_for", "resolve_device"]
+
+CRITERIA = ("window", "scan")
+AMP = ("bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Choices of `demp train`; None means "the default for this data set and machine", filled in by `resolved`."""
+
+    model: str = "resnet18"
+    width: int | None = None
+    data: str = "digits"
+    data_dir: Path | None = None
+    image_size: int | None = None
+    train_size: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float = 5e-4
+    peak_penalty: float | None = None
+    peak_noise: float = 5e-5
+    prune_every: int | None = None
+    criterion: str = "window"
+    round_to: int = 1
+    device: str = "auto"
+    seed: int = 0
+    threads: int | None = None
+    amp: str | None = None
+    channels_last: bool | None = None
+    compile: bool = False
+    baseline: bool = True
+    tensorboard: bool = False
+    workers: int = 2
+    out: Path = Path("demp-run")
+
+    def resolved(self) -> TrainSettings:
+        """The same with every default filled in that does not depend on the data themselves.
+
+        Raises RecipeError for a value out of its range, an unknown name, a device that is not there.
+        """
+        if self.data not in DATA:
+            raise RecipeError(f"data must be one of {', '.join(DATA)}, got {self.data!r}")
+        defaults = defaults_for(self.data, self.model)
+        filled = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        filled = replace(filled, device=str(resolve_device(self.device)))
+        filled._check()
+        return filled
+
+    def _check(self) -> None:
+        for name in ("width", "image_size", "train_size", "epochs", "batch_size", "prune_every", "round_to", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{_flag(name)} must be at least 1, got {value}")
+        for name in ("weight_decay", "peak_penalty", "peak_noise", "workers", "seed"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise RecipeError(f"{_flag(name)} must be at least 0 and finite, got {value}")
+        if not 0 < self.lr < math.inf:
+            raise RecipeError(f"lr must be above 0 and finite, got {self.lr}")
+        if self.criterion not in CRITERIA:
+            raise RecipeError(f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
+        if self.amp is not None and self.amp not in AMP:
+            raise RecipeError(f"amp must be one of {', '.join(AMP)}, got {self.amp!r}")
+        if self.amp == "fp16" and not self.device.startswith("cuda"):
+            raise RecipeError(f"amp fp16 needs a CUDA device (bf16 works everywhere), got device {self.device}")
+        if self.out.exists() and not self.out.is_dir():
+            raise RecipeError(f"out must be a folder, got the file {self.out}")
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+# Found on two CPU cores. cifar10 and folder start from the values of the method's authors.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {"width": 32, "epochs": 20, "batch_size": 64, "lr": 0.01, "peak_penalty": 0.03},
+    "fashion-mnist": {
+        "width": 16, "train_size": 10_000, "epochs": 12, "batch_size": 128, "lr": 5e-3, "peak_penalty": 0.03,
+    },
+    "cifar10": {"width": 64, "epochs": 30, "batch_size": 128, "lr": 5e-3, "peak_penalty": 0.03},
+    "folder": {"width": 64, "epochs": 30, "batch_size": 64, "lr": 5e-3, "peak_penalty": 0.03},
+}
+
+
+def defaults_for(data: str, model: str) -> dict[str, Any]:
+    """Defaults of a data set; the widths are those of resnet18, other models have their own."""
+    defaults = dict(DEFAULTS[data])
+    if model != "resnet18":
+        del defaults["width"]
+    if model not in ("resnet18", "vgg16", "mlp"):
+        # 5e-3 and more is for networks with a batch norm before every activation
+        defaults["lr"] = 1e-3
+    return defaults
+
+
+def resolve_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU. Raises RecipeError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RecipeError(f"device {name} is not there: torch {torch.__version__} finds no usable CUDA device")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise RecipeError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    elif device.type != "cpu":
+        raise RecipeError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

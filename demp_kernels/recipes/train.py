@@ -1,0 +1,97 @@
+"""`demp train`: the dense baseline and the DemP run, their table, their files."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import ImageData
+from .errors import RecipeError, need
+from .logs import CsvLog, TensorBoardLog, write_units
+from .loop import RunResult, Training, Watcher, read_data, warm_up
+from .machine import machine_facts, prepare_machine, versions
+from .methods import Demon, Dense, Method
+from .settings import TrainSettings
+
+__all__ = ["CHECKPOINTS", "train"]
+
+CHECKPOINTS = {"dense": "checkpoint-dense.pt", "demp": "checkpoint.pt"}
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Train as `settings` say and write metrics.csv, units.csv, summary.json, report.html and checkpoints into `out`.
+
+    Returns what summary.json holds. After Ctrl-C the same files say what was known, `interrupted` is true, and
+    KeyboardInterrupt goes on. Raises RecipeError, in one line, for what cannot be trained.
+    """
+    # found missing now rather than when hours of training are to be written down
+    for module in ("rich", "matplotlib"):
+        need(module, "demp train")
+    from rich.console import Console
+
+    from . import report
+    from .progress import ProgressDisplay
+
+    settings = settings.resolved()
+    prepare_machine(torch.device(settings.device), settings.threads)
+    torch.manual_seed(settings.seed)
+    data = read_data(settings)
+    warm_up(settings, data)
+    out = _folder(settings.out)
+    console = Console()
+    console.print(_headline(settings, data), highlight=False, soft_wrap=True)
+
+    log = CsvLog(out / "metrics.csv")
+    logs = [log, TensorBoardLog(out / "tensorboard")] if settings.tensorboard else [log]
+    facts = {"machine": machine_facts(torch.device(settings.device)), "versions": versions()}
+    methods: list[Method] = [Dense(), Demon()] if settings.baseline else [Demon()]
+    runs: list[RunResult] = []
+    stopped: KeyboardInterrupt | None = None
+    try:
+        with ProgressDisplay(console) as progress:
+            for method in methods:
+                training = Training(settings, method, read_data(settings), [*logs, progress])
+                runs.append(training.result)
+                try:
+                    training.run()
+                finally:
+                    training.save(out / CHECKPOINTS[method.name])
+    except KeyboardInterrupt as error:
+        stopped = error
+    finally:
+        for each in logs:
+            each.close()
+
+    files = ["metrics.csv", "summary.json"]
+    for run in runs:
+        if run.total:
+            write_units(out / "units.csv", run)
+            files.insert(1, "units.csv")
+        files.append(CHECKPOINTS[run.name])
+    content = report.summary(runs, settings, data, facts)
+    report.write_summary(out / "summary.json", content)
+    report.write_report(out / "report.html", runs, content, files)
+    console.print(report.terminal_table(content))
+    console.print(f"{'stopped; ' if stopped else ''}written to {out}: report.html, {', '.join(files)}", soft_wrap=True)
+    if stopped is not None:
+        raise stopped
+    return content
+
+
+def _folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"out cannot be made: {out}: {error.strerror}") from error
+    return out
+
+
+def _headline(settings: TrainSettings, data: ImageData) -> str:
+    width = f" of width {settings.width}" if settings.width else ""
+    some = f" of {data.train_total:,}" if data.train.samples < data.train_total else ""
+    return (
+        f"{settings.model}{width} on {data.name}: {data.train.samples:,}{some} training and {data.test.samples:,} test "
+        f"images, {settings.epochs} epochs of {len(data.train)} steps, {settings.device}, "
+        f"{torch.get_num_threads()} threads"
+    )
