@@ -28,7 +28,6 @@ class Library:
     compile: list[str]  # compiler and flags, without the source
     link: list[str]  # linker driver and flags, without objects and output
     link_after: list[str] = field(default_factory=list)  # libraries, which must follow the objects
-    source_flags: dict[Path, list[str]] = field(default_factory=dict)
 
 
 def build(library: Library, root: Path, scratch: Path) -> Path:
@@ -55,8 +54,7 @@ def _jobs() -> int:
 def _compile(library: Library, source: Path, root: Path, folder: Path) -> Path:
     target = folder / (str(source.relative_to(root)).replace(os.sep, "__") + ".o")
     depfile = target.with_suffix(".d")
-    flags = library.source_flags.get(source, [])
-    command = [*library.compile, *flags, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]
+    command = [*library.compile, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]
     if not _is_current(target, command, _dependencies(depfile, source)):
         print(f"compiling {source.relative_to(root)}", flush=True)
         started_ns = time.time_ns()

@@ -9,6 +9,8 @@
 #include <malloc.h>
 #endif
 
+#include "ops/cpu/isa/types.h"
+
 namespace demp {
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
@@ -28,16 +30,16 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
 }
 
 std::string simd_level() {
-#if defined(__x86_64__)
-  bool avx2 = true, avx512 = true;
-  for (const auto& [name, present] : cpu_features()) {
-    const bool needed_by_avx512_only = name.compare(0, 6, "avx512") == 0;
-    avx512 = avx512 && present;
-    if (!needed_by_avx512_only) avx2 = avx2 && present;
+  switch (cpu_level()) {
+    case Level::avx512:
+      return "avx512";
+    case Level::avx2:
+      return "avx2";
+    case Level::portable:
+      break;
   }
-  return avx512 ? "avx512" : avx2 ? "avx2" : "portable";
-#elif defined(__aarch64__)
-  return "neon";
+#if defined(__aarch64__)
+  return "neon";  // what compilers make of the portable code there
 #else
   return "portable";
 #endif

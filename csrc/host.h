@@ -16,8 +16,7 @@ struct AllocatorTuning {
 // kernels, in a fixed order: {"avx2", true}, ...
 std::vector<std::pair<std::string, bool>> cpu_features();
 
-// The widest instruction set that kernels are written for and this machine runs: "avx512", "avx2", "neon" or
-// "portable".
+// The instruction set that the CPU kernels choose here: "avx512", "avx2", "neon" or "portable". DEMP_SIMD lowers it.
 std::string simd_level();
 
 // Compiler, flags, target and headers of this build, as name and text.

@@ -42,7 +42,7 @@ def tune_allocator() -> AllocatorTuning:
 
 
 def simd_level() -> str:
-    """The widest instruction set the CPU kernels can use here: avx512, avx2, neon, portable, or unknown."""
+    """The instruction set that the CPU kernels choose here: avx512, avx2, neon, portable, or unknown."""
     return "unknown" if _host is None else _host.simd_level()
 
 
