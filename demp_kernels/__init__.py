@@ -2,7 +2,7 @@
 
 The public names, all importable as `demp_kernels.<name>`:
 
-    modules      DemPReLU, DemPLeakyReLU, DemPGELU, DemPSiLU
+    modules      DemPReLU, DemPLeakyReLU, DemPGELU, DemPSiLU, DemPBatchNormAct2d
     preparation  prepare, swap_activations, finalize
     compaction   compact, CompactionReport, CompactionError, UnitGraph
     training     DemP, save_checkpoint, load_checkpoint
@@ -15,12 +15,13 @@ from .build_info import build_info, tune_allocator
 from .compaction import CompactionError, CompactionReport, compact
 from .graph import PrepareError, UnitGraph, finalize, prepare, swap_activations
 from .modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
+from .norm_modules import DemPBatchNormAct2d
 from .training import CheckpointError, DemP, DemPReport, load_checkpoint, save_checkpoint
 from .version import __version__
 
 __all__ = [
-    "CheckpointError", "CompactionError", "CompactionReport", "DemP", "DemPActivation", "DemPGELU", "DemPLeakyReLU",
-    "DemPReLU", "DemPReport", "DemPSiLU", "PrepareError", "SelectiveAdd", "UnitGraph", "__version__", "build_info",
-    "compact", "finalize", "functional", "load_checkpoint", "prepare", "save_checkpoint", "swap_activations",
-    "tune_allocator",
+    "CheckpointError", "CompactionError", "CompactionReport", "DemP", "DemPActivation", "DemPBatchNormAct2d", "DemPGELU",
+    "DemPLeakyReLU", "DemPReLU", "DemPReport", "DemPSiLU", "PrepareError", "SelectiveAdd", "UnitGraph", "__version__",
+    "build_info", "compact", "finalize", "functional", "load_checkpoint", "prepare", "save_checkpoint",
+    "swap_activations", "tune_allocator",
 ]

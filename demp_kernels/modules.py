@@ -47,9 +47,7 @@ class DemPActivation(nn.Module):
         if not self.training:
             return self._plain(x)
         y, active = self._counted(x)
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            # A forward inside a backward pass is activation checkpointing's recomputation: it was counted before.
-            self._count(active, x.numel() // max(active.numel(), 1))
+        self.count(active, x.numel() // max(active.numel(), 1))
         return y
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -58,7 +56,10 @@ class DemPActivation(nn.Module):
     def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def _count(self, active: Tensor, elements: int) -> None:
+    def count(self, active: Tensor, elements: int) -> None:
+        """Add `active` (C,) int64 of `elements` elements a unit to the counters; called by `forward`."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # a forward inside a backward pass is activation checkpointing's recomputation: it was counted before
         if self.active is None or self.active.numel() != active.numel() or self.active.device != active.device:
             self.allocate(active.numel(), active.device)
         self.active.add_(active)

@@ -63,7 +63,7 @@ def assert_same_function(model: nn.Module, prepared: nn.Module, x: torch.Tensor)
 def test_prepare_functional_model_is_bit_equal_and_counts_every_call() -> None:
     model = FunctionalNet()
     x = torch.randn(4, 3, 9, 9)
-    prepared = dk.prepare(model, x)
+    prepared = dk.prepare(model, x, fuse=False)
     names = {n for n, m in prepared.named_modules() if isinstance(m, dk.DemPActivation)}
     assert names == {"leakyrelu", "act", "act_1", "relu", "gelu", "silu"}
     assert_same_function(model, prepared, x)
@@ -112,13 +112,13 @@ def test_prepare_keeps_unused_parameters_in_the_state_dict() -> None:
 def test_prepare_torchvision(name: str) -> None:
     model = torchvision_model(name)
     x = torch.randn(2, 3, 64, 64)
-    prepared = dk.prepare(model, x)
+    prepared = dk.prepare(model, x, fuse=False)
     assert any(isinstance(m, dk.DemPActivation) for m in prepared.modules()) == (name != "mobilenet_v2")
     assert_same_function(model, prepared, x)
 
 
 def test_reused_modules_of_a_resnet_get_counters_of_their_own() -> None:
-    prepared = dk.prepare(torchvision_model("resnet18"), torch.randn(1, 3, 64, 64))
+    prepared = dk.prepare(torchvision_model("resnet18"), torch.randn(1, 3, 64, 64), fuse=False)
     acts = [n for n, m in prepared.named_modules() if isinstance(m, dk.DemPActivation)]
     adds = [n for n, m in prepared.named_modules() if isinstance(m, dk.SelectiveAdd)]
     assert len(acts) == 17 and len(adds) == 8

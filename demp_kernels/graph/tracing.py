@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..modules import DemPActivation, SelectiveAdd
+from ..norm_modules import DemPBatchNormAct2d
 
 __all__ = ["PrepareError", "TrainingFlag", "attributes_of", "trace_both_modes"]
 
@@ -35,7 +36,7 @@ class ModeTracer(fx.Tracer):
     their own mode (torchvision's StochasticDepth)."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (DemPActivation, SelectiveAdd, TrainingFlag)):
+        if isinstance(m, (DemPActivation, DemPBatchNormAct2d, SelectiveAdd, TrainingFlag)):
             return True
         asks_for_mode = not any(True for _ in m.children()) and _reads_attribute(type(m).forward, "training")
         return asks_for_mode or super().is_leaf_module(m, module_qualified_name)
