@@ -1,0 +1,8 @@
+"""Physical removal of dead units: plan, validate on fake tensors, commit."""
+from __future__ import annotations
+
+from .compact import apply_saved, compact, plan_to_dict
+from .plan import CompactionError
+from .report import CompactionReport
+
+__all__ = ["CompactionError", "CompactionReport", "apply_saved", "compact", "plan_to_dict"]

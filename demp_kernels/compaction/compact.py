@@ -1,0 +1,193 @@
+"""`compact`: dead units out of a model, its optimiser and its gradients, or not at all."""
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..graph import AnalysisError, UnitGraph, remembered_inputs
+from ..graph.units import Keep
+from ..modules import DemPActivation
+from .commit import commit
+from .optimizer import as_optimizers, plan_states
+from .plan import CompactionError, make_plan
+from .report import CompactionReport
+from .validate import validate
+
+__all__ = ["apply_saved", "compact", "plan_to_dict"]
+
+
+def compact(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    example_inputs: Any = None,
+    *,
+    dead: Mapping[str, Tensor] | None = None,
+    round_to: int = 1,
+    min_units: int = 1,
+    graph: UnitGraph | None = None,
+) -> CompactionReport:
+    """Remove dead units from `model` and everything that belongs to them from its optimiser.
+
+    A unit whose output is zero goes without a change of the function: with it go the rows and columns of the weights,
+    BatchNorm's entries, gradients and optimiser moments. Parameters stay the same objects. Planned and tried on fake
+    tensors first: a refusal changes nothing.
+
+    Args:
+        optimizer: one, several, or none. Optimisers with parameter-shaped state (Adam family, SGD momentum, RMSprop, ...).
+        example_inputs: a tensor or a tuple, for the analysis; not needed for a prepared model or with `graph`.
+        dead: activation name -> (units,) bool, True for units whose output is zero on everything. By default what the
+            counters of the DemP activations say. A path of a module that is called several times means all its calls.
+        round_to: keep dead units so that widths are multiples of it.
+        min_units: units that every activation keeps at least.
+        graph: a `UnitGraph` of the model, to be used again; it follows the compaction.
+
+    Raises:
+        CompactionError: the model or the optimiser cannot be shrunk; nothing was changed.
+        ValueError, TypeError: wrong arguments.
+    """
+    start = time.perf_counter()
+    model, optimizers = _checked(model), as_optimizers(optimizer)
+    for name, number in (("round_to", round_to), ("min_units", min_units)):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
+    if dead is None:
+        _require_counters(model)
+    graph = graph if graph is not None else _analyse(model, example_inputs)
+    dead = counted_dead(model, graph) if dead is None else dead
+    keep = graph.keep(dead, round_to=round_to, min_units=min_units)
+    return _carry_out(model, optimizers, graph, keep, _reasons(graph, dead, keep), start)
+
+
+def counted_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
+    """Dead units by the counters: looked at and never active since they were reset."""
+    dead = {}
+    for path, module in model.named_modules():
+        if isinstance(module, DemPActivation) and (mask := module.dead()) is not None:
+            calls = graph.calls_of(path)
+            # the counter of several calls is their sum: zero only where all were silent
+            dead.update({call.name: mask for call in calls if call.atoms.size == mask.numel()})
+    return dead
+
+
+def plan_to_dict(graph: UnitGraph) -> dict[str, dict[str, Any]]:
+    """Which entries the compacted model still has of the one that was analysed first, as plain tensors and numbers:
+    "kept": "parameter:dimension" -> (entries,) int64 numbers, "sizes": "parameter:dimension" -> entries at first."""
+    keys = {key: f"{key[0]}:{key[1]}" for key in graph.axes}
+    return {
+        "kept": {text: torch.from_numpy(graph.axis_ids[key].copy()) for key, text in keys.items()},
+        "sizes": {text: graph.axis_sizes[key] for key, text in keys.items()},
+    }
+
+
+def apply_saved(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, graph: UnitGraph, saved: Mapping[str, Any]
+) -> CompactionReport:
+    """Bring a freshly built model to the widths that `plan_to_dict` told.
+
+    Args:
+        graph: of `model`, as it was built; it follows.
+
+    Raises ValueError if the description is of another model, CompactionError if the model cannot be shrunk so; nothing
+    is changed then.
+    """
+    start = time.perf_counter()
+    model, optimizers = _checked(model), as_optimizers(optimizer)
+    keys = {f"{name}:{dim}": (name, dim) for name, dim in graph.axes}
+    if keys.keys() != saved["kept"].keys():
+        odd = sorted(keys.keys() ^ saved["kept"].keys())
+        raise ValueError(f"saved widths must be of this model: {odd[0]} is in only one of them")
+    atoms = np.ones(graph.classes, bool)
+    for text, key in keys.items():
+        if saved["sizes"][text] != graph.axis_sizes[key]:
+            raise ValueError(
+                f"saved widths must be of this model: {text} had {saved['sizes'][text]} entries, the model's has "
+                f"{graph.axis_sizes[key]}"
+            )
+        gone = ~np.isin(graph.axis_ids[key], saved["kept"][text].cpu().numpy())
+        atoms[graph.axes[key][gone]] = False
+    for text, key in keys.items():
+        left = graph.axis_ids[key][atoms[graph.axes[key]]]
+        if not np.array_equal(left, saved["kept"][text].cpu().numpy()):
+            raise ValueError(f"saved widths must be of this model: the entries of {text} do not fit its other tensors")
+    return _carry_out(model, optimizers, graph, Keep(atoms, {}), {}, start)
+
+
+def _carry_out(
+    model: nn.Module, optimizers: list[Optimizer], graph: UnitGraph, keep: Keep, kept: dict[str, str], start: float
+) -> CompactionReport:
+    before = graph.units
+    parameters = sum(p.numel() for p in model.parameters())
+    freed = 0
+    plan = make_plan(model, graph, keep)
+    if plan.cuts or plan.selections:
+        for cut in plan.cuts:
+            if cut.tensor.layout != torch.strided or (cut.tensor.grad is not None and cut.tensor.grad.is_sparse):
+                raise CompactionError(f"{cut.name} must be a dense tensor with a dense gradient")
+        states = plan_states(optimizers, plan.cuts)
+        validate(model, graph, plan)
+        freed = commit(plan, states)
+        graph.shrink(keep.atoms)
+    after = graph.units
+    return CompactionReport(
+        live_units=after,
+        total_units=dict(graph.total_units),
+        removed={name: before[name] - after[name] for name in after if before[name] != after[name]},
+        kept=kept,
+        params_before=parameters,
+        params_after=sum(p.numel() for p in model.parameters()),
+        bytes_freed=freed,
+        seconds=time.perf_counter() - start,
+        notes=[f"{name}: never used by the forward" for name in graph.untraced],
+    )
+
+
+def _checked(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    return getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+
+
+def _require_counters(model: nn.Module) -> None:
+    if not any(isinstance(module, DemPActivation) for module in model.modules()):
+        raise ValueError(
+            f"dead is required for a model without DemP activations, got None for {type(model).__name__}"
+        )
+
+
+def _analyse(model: nn.Module, example_inputs: Any) -> UnitGraph:
+    inputs = remembered_inputs(model) if example_inputs is None else example_inputs
+    if inputs is None:
+        raise ValueError("example_inputs is required for a model that was not made by prepare(), got None")
+    try:
+        return UnitGraph.trace(model, inputs)
+    except AnalysisError as error:
+        raise CompactionError(str(error)) from error
+
+
+def _reasons(graph: UnitGraph, dead: Mapping[str, Tensor], keep: Keep) -> dict[str, str]:
+    """Why dead units stay."""
+    masks = graph.masks(dead)
+    reasons = {}
+    for number, mask in masks.items():
+        activation = graph.activations[number]
+        stay = np.nonzero(mask & keep.atoms[activation.atoms])[0]
+        if not stay.size:
+            continue
+        classes = activation.atoms[stay]
+        pinned = [graph.reasons.get(int(c), "a tensor that cannot be cut") for c in classes if graph.is_pinned[c]]
+        if pinned:
+            why = pinned[0]
+        elif activation.name in keep.widened:
+            why = "for its width (round_to, min_units)"
+        elif keep.widened:
+            why = next((r for r in keep.widened if r not in graph.units), "other layers need them")
+        else:
+            why = "other layers need them"
+        reasons[activation.name] = f"{stay.size} dead units: {why}"
+    return reasons

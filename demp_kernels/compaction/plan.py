@@ -1,0 +1,140 @@
+"""What a compaction will do to every tensor, selection and attribute; decided before anything is touched."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..graph.units import Keep, UnitGraph
+from ..modules import DemPActivation, SelectiveAdd
+
+__all__ = ["CompactionError", "Cut", "Plan", "SelectionChange", "make_plan"]
+
+
+class CompactionError(RuntimeError):
+    """The compaction was refused; the text says what stands in the way. Nothing was changed."""
+
+
+@dataclass
+class Cut:
+    """Entries of a parameter or buffer that stay: for each dimension that shrinks, (kept,) int64 indices on the
+    tensor's device."""
+
+    name: str
+    tensor: Tensor
+    index: dict[int, Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape to be."""
+        return tuple(self.index[d].numel() if d in self.index else size for d, size in enumerate(self.tensor.shape))
+
+
+@dataclass
+class SelectionChange:
+    """A SelectiveAdd's index to be (None: plain addition) and the channels of its skip."""
+
+    module: SelectiveAdd
+    index: Tensor | None
+    skip_channels: int
+
+
+@dataclass
+class Plan:
+    """Everything that one compaction changes."""
+
+    keep: Keep
+    cuts: list[Cut] = field(default_factory=list)
+    selections: list[SelectionChange] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
+    counters: list[tuple[DemPActivation, Tensor | None]] = field(default_factory=list)
+    """Kept units of each counting activation; None: its calls keep different units, so the counters start anew."""
+
+
+def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
+    """Turn the kept classes into cuts. Raises ValueError if the graph is not that of `model` as it is now."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plan = Plan(keep)
+    if keep.atoms.all():
+        return plan
+    kept_at: dict[str, dict[int, np.ndarray]] = {}
+    for (name, dim), atoms in graph.axes.items():
+        tensor = _tensor(modules, name)
+        if tensor is None or dim >= tensor.dim() or tensor.shape[dim] != atoms.size:
+            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise ValueError(f"graph must be that of the model: it has {name} with {atoms.size} entries in dimension "
+                             f"{dim}, the model's is {found}")
+        stays = keep.atoms[atoms]
+        if not stays.all():
+            kept_at.setdefault(name, {})[dim] = np.nonzero(stays)[0]
+    indices = _IndexCache()
+    for name, dims in kept_at.items():
+        tensor = _tensor(modules, name)
+        plan.cuts.append(Cut(name, tensor, {d: indices.tensor(i, tensor.device) for d, i in dims.items()}))
+    plan.selections = _selections(modules, graph, keep, next(model.parameters()).device)
+    for path, attribute, atoms in graph.attributes:
+        count = int(keep.atoms[atoms].sum())
+        if count != atoms.size:
+            plan.attributes.append((modules[path], attribute, count))
+    plan.counters = _counters(modules, graph, keep)
+    return plan
+
+
+class _IndexCache:
+    """Equal indices are one tensor: a layer's outputs are the next one's inputs, a moment's rows its weight's."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[bytes, torch.device], Tensor] = {}
+
+    def tensor(self, index: np.ndarray, device: torch.device) -> Tensor:
+        key = (index.tobytes(), device)
+        if key not in self._known:
+            self._known[key] = torch.from_numpy(index).to(device)
+        return self._known[key]
+
+
+def _tensor(modules: dict[str, nn.Module], name: str) -> Tensor | None:
+    path, _, leaf = name.rpartition(".")
+    module = modules.get(path)
+    if module is None:
+        return None
+    return module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+
+
+def _selections(
+    modules: dict[str, nn.Module], graph: UnitGraph, keep: Keep, device: torch.device
+) -> list[SelectionChange]:
+    """Where each kept channel of a sum is found among the kept channels of its skip."""
+    changes = []
+    for selection in graph.selections:
+        link = next(step for step in graph.flow.steps if step.slot == selection.out).links[0]
+        skip, out = keep.atoms[graph.flow.atoms(selection.skip)], keep.atoms[graph.flow.atoms(selection.out)]
+        place = np.where(skip, np.cumsum(skip) - 1, -1)
+        full = np.full(out.size, -1, np.int64)
+        full[link.target] = place[link.source]
+        index = full[out]
+        module = modules[selection.name]
+        if np.array_equal(index, np.arange(int(skip.sum()))):
+            if module.index is not None:
+                changes.append(SelectionChange(module, None, 0))
+            continue
+        on = module.index.device if module.index is not None else device
+        changes.append(SelectionChange(module, torch.from_numpy(index).to(on), int(skip.sum())))
+    return changes
+
+
+def _counters(
+    modules: dict[str, nn.Module], graph: UnitGraph, keep: Keep
+) -> list[tuple[DemPActivation, Tensor | None]]:
+    kept: dict[str, list[np.ndarray]] = {}
+    for a in graph.activations:
+        if isinstance(modules[a.module], DemPActivation):
+            kept.setdefault(a.module, []).append(keep.atoms[a.atoms])
+    counters = []
+    for path, masks in kept.items():
+        same = all(np.array_equal(mask, masks[0]) for mask in masks)
+        if not all(mask.all() for mask in masks):
+            counters.append((modules[path], torch.from_numpy(np.nonzero(masks[0])[0]) if same else None))
+    return counters

@@ -1,0 +1,52 @@
+"""What a compaction did."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["CompactionReport"]
+
+
+@dataclass(frozen=True)
+class CompactionReport:
+    """What a compaction did. `str()` gives a table for a terminal.
+
+    live_units, total_units: activation name -> units now, and when the model was analysed first.
+    removed: activation name -> units removed by this compaction (those that lost any).
+    kept: activation name -> why dead units of it stayed.
+    params_before, params_after: number of parameters.
+    bytes_freed: of parameters, buffers, gradients and optimiser state together.
+    seconds: for everything; without the analysis if the graph was given.
+    """
+
+    live_units: dict[str, int]
+    total_units: dict[str, int]
+    removed: dict[str, int]
+    kept: dict[str, str]
+    params_before: int
+    params_after: int
+    bytes_freed: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was removed."""
+        return self.params_after != self.params_before or bool(self.removed)
+
+    def __str__(self) -> str:
+        live, total = sum(self.live_units.values()), sum(self.total_units.values())
+        if self.changed:
+            head = (
+                f"removed {sum(self.removed.values())} units, {live} of {total} left; parameters "
+                f"{self.params_before:,} -> {self.params_after:,}; {self.bytes_freed / 2**20:.1f} MiB freed in "
+                f"{self.seconds:.3f} s"
+            )
+        else:
+            head = f"nothing to remove: {live} of {total} units left"
+        lines = [head]
+        lines += [
+            f"  {name}: {self.live_units[name]} of {self.total_units[name]} (-{count})"
+            for name, count in self.removed.items()
+        ]
+        lines += [f"  {name}: kept, {why}" for name, why in self.kept.items()]
+        return "\n".join(lines + [f"  {note}" for note in self.notes])

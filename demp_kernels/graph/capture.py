@@ -1,0 +1,100 @@
+"""The ATen graph of a model, captured by `torch.export` without touching the model."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
+
+__all__ = ["AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "origin"]
+
+
+class AnalysisError(ValueError):
+    """The model cannot be analysed; the text says why. Nothing was changed."""
+
+
+@dataclass
+class Capture:
+    """Nodes of one captured forward, and what its placeholders stand for."""
+
+    nodes: list[fx.Node]
+    tensors: dict[str, str]
+    """Placeholder name -> name of the parameter or buffer in the model."""
+
+
+def as_tuple(example_inputs: Any) -> tuple[Any, ...]:
+    """The positional arguments of a forward, from a tensor or a sequence. Raises TypeError for anything else."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str) and len(example_inputs):
+        return tuple(example_inputs)
+    raise TypeError(f"example_inputs must be a tensor or a non-empty tuple, got {type(example_inputs).__name__}")
+
+
+def materialise(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Example inputs on the model's device. Only their shapes, strides and dtypes matter: meta tensors get memory that
+    is never read."""
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
+
+    def one(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.device.type == "meta":
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+        return x
+
+    return tree_map(one, inputs)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module, *, leaves_only: bool = False) -> Iterator[None]:
+    """Every module in evaluation mode (or only the childless ones, the others in training mode), without calling
+    `train()` or `eval()`, which models override; all flags come back exactly."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = leaves_only and next(module.children(), None) is not None
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def capture(model: nn.Module, inputs: tuple[Any, ...], *, leaves_only: bool = False) -> Capture:
+    """Capture the forward of `model` on tensors like `inputs`, in evaluation mode, on fake tensors.
+
+    Args:
+        leaves_only: put only the childless modules in evaluation mode. Auxiliary heads, which models run in training
+            only, are then part of the graph, while BatchNorm and the activations behave as in evaluation.
+
+    Raises AnalysisError if torch.export cannot capture the model.
+    """
+    rng = torch.get_rng_state()
+    try:
+        with evaluation_mode(model, leaves_only=leaves_only):
+            # non-strict: runs the model's own Python, which captures what dynamo would refuse
+            program = torch.export.export(model, inputs, strict=False)
+    except Exception as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise AnalysisError(f"torch.export cannot capture {type(model).__name__}: {text[0]}") from error
+    finally:
+        torch.set_rng_state(rng)
+    signature = program.graph_signature
+    return Capture(list(program.graph.nodes), {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def origin(node: fx.Node) -> str:
+    """Where a node comes from, for messages: op, module path and the innermost source line outside torch."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    text = f"{getattr(node.target, '__name__', node.target)} in {path or 'the model'}"
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith((_TORCH, "<"))]
+    return f"{text} ({Path(frames[-1][0]).name}:{frames[-1][1]})" if frames else text

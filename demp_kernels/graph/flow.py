@@ -1,0 +1,189 @@
+"""Which entries carry zero, and which are needed: two passes over the values of a network.
+
+A *slot* is one value of the network with one entry per unit position; all slots lie end to end in one array of
+entries. A *step* says where the entries of a slot come from. The forward pass finds the entries that are not zero
+(`live`) when given units are dead; the backward pass finds the entries that somebody needs. An atom is kept when any
+of its entries is needed, and every entry of a kept atom must then have its right value, so the backward pass is
+repeated until nothing more is needed. Keeping more than necessary is always exact.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["Flow", "Link", "Slot", "Step"]
+
+
+@dataclass
+class Slot:
+    """One value: its first entry, and how many it has."""
+
+    start: int
+    size: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass
+class Link:
+    """Entry `target[i]` of a step's slot is made from entry `source[i]` of slot `slot`; None: entry i from entry i."""
+
+    slot: int
+    source: np.ndarray | None = None
+    target: np.ndarray | None = None
+
+
+@dataclass
+class Step:
+    """How the entries of slot `slot` are made.
+
+    kind: "sum" (zero where everything it is made from is zero: additions, copies, functions with f(0) = 0),
+        "product" (zero where any factor is zero), or "affine" (never known to be zero: BatchNorm, a bias, sigmoid).
+    activation: number of the activation whose dead units are zero here.
+    """
+
+    slot: int
+    kind: str
+    links: list[Link] = field(default_factory=list)
+    activation: int | None = None
+
+
+class Flow:
+    """The slots and steps of one network, in the order in which they are computed."""
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self.steps: list[Step] = []
+        self.atom_of = np.empty(0, np.int64)
+        self.contracted = np.empty(0, bool)
+        """Entries read by a convolution or linear layer, which needs those that are not zero."""
+        self._atoms: list[np.ndarray] = []
+        self._sinks: set[int] = set()
+
+    # --- building ---
+
+    def add_slot(self, atoms: np.ndarray) -> int:
+        start = self.slots[-1].start + self.slots[-1].size if self.slots else 0
+        self.slots.append(Slot(start, atoms.size))
+        self._atoms.append(atoms.ravel())
+        return len(self.slots) - 1
+
+    def contract(self, slot: int) -> None:
+        self._sinks.add(slot)
+
+    def close(self, roots: np.ndarray) -> None:
+        """Building is over: replace atoms by their classes."""
+        self.atom_of = roots[np.concatenate(self._atoms)] if self._atoms else np.empty(0, np.int64)
+        self.contracted = np.zeros(self.atom_of.size, bool)
+        for slot in self._sinks:
+            self.contracted[self.slots[slot].span] = True
+        self._atoms.clear()
+
+    def atoms(self, slot: int) -> np.ndarray:
+        return self.atom_of[self.slots[slot].span]
+
+    # --- passes: every array has scenarios along its first dimension ---
+
+    def live(self, dead: dict[int, np.ndarray], scenarios: int = 1) -> np.ndarray:
+        """(scenarios, entries) bool: entries not known to be zero when the units `dead[activation]`, (scenarios,
+        units) or (units,) bool, are zero."""
+        live = np.ones((scenarios, self.atom_of.size), bool)
+        for step in self.steps:
+            out = live[:, self.slots[step.slot].span]
+            if step.kind == "sum" and step.links:
+                out[:] = False
+                for link in step.links:
+                    self._gather(link, live, out, np.logical_or)
+            elif step.kind == "product":
+                for link in step.links:
+                    factor = np.zeros_like(out)
+                    self._gather(link, live, factor, np.logical_or)
+                    out &= factor
+            if step.activation is not None and step.activation in dead:
+                out &= ~dead[step.activation]
+        return live
+
+    def kept(
+        self,
+        live: np.ndarray,
+        atoms: int,
+        pinned: np.ndarray,
+        widen: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """(scenarios, atoms) bool: the classes that have to stay.
+
+        Args:
+            live: from `live`.
+            atoms: how many atoms there are.
+            pinned: atoms that always stay.
+            widen: given the kept atoms (atoms,), returns those to keep besides (rounding of widths); only with one
+                scenario.
+        """
+        kept = np.zeros((live.shape[0], atoms), bool)
+        kept[:, pinned] = True
+        while True:
+            before = kept.sum()
+            need = self._needed(live, kept[:, self.atom_of])
+            scenario, entry = np.nonzero(need)
+            kept[scenario, self.atom_of[entry]] = True
+            if kept.sum() > before:
+                continue
+            extra = widen(kept[0]) if widen is not None else np.empty(0, np.int64)
+            if not extra.size:
+                return kept
+            kept[0, extra] = True
+
+    def _needed(self, live: np.ndarray, forced: np.ndarray) -> np.ndarray:
+        """(scenarios, entries) bool: entries whose value matters, given those that must be right anyway."""
+        need = forced | (live & self.contracted)
+        for step in reversed(self.steps):
+            span = self.slots[step.slot].span
+            out = need[:, span]
+            out &= live[:, span] | forced[:, span]
+            for link in step.links:
+                source = need[:, self.slots[link.slot].span]
+                if link.source is None:
+                    source |= out
+                else:
+                    scenario, pair = np.nonzero(out[:, link.target])
+                    source[scenario, link.source[pair]] = True
+                # a zero entry contributes nothing, present or not
+                source &= live[:, self.slots[link.slot].span] | forced[:, self.slots[link.slot].span]
+        return need
+
+    def _gather(self, link: Link, values: np.ndarray, out: np.ndarray, combine: np.ufunc) -> None:
+        source = values[:, self.slots[link.slot].span]
+        if link.source is None:
+            combine(out, source, out=out)
+        else:
+            scenario, pair = np.nonzero(source[:, link.source])
+            out[scenario, link.target[pair]] = True
+
+    # --- shrinking ---
+
+    def shrink(self, kept: np.ndarray) -> None:
+        """Drop the entries of the atoms that are not kept."""
+        entries = kept[self.atom_of]
+        position = np.cumsum(entries) - 1
+        for step in self.steps:
+            for link in step.links:
+                if link.source is None:
+                    continue
+                source, target = self.slots[link.slot].start, self.slots[step.slot].start
+                both = entries[source + link.source] & entries[target + link.target]
+                link.source = position[source + link.source[both]]
+                link.target = position[target + link.target[both]]
+        starts = np.array([s.start for s in self.slots] + [entries.size])
+        offsets = np.concatenate([[0], np.cumsum(entries)])[starts]
+        self.slots = [Slot(int(a), int(b - a)) for a, b in zip(offsets[:-1], offsets[1:])]
+        for step in self.steps:
+            for link in step.links:
+                if link.source is not None:
+                    link.source = link.source - self.slots[link.slot].start
+                    link.target = link.target - self.slots[step.slot].start
+        self.atom_of = self.atom_of[entries]
+        self.contracted = self.contracted[entries]

@@ -1,0 +1,273 @@
+"""`UnitGraph`: which entry of which parameter belongs to which unit, analysed once and followed through compactions."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import rules_layers, rules_pointwise, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
+from .atoms import PINNED
+from .builder import Builder
+from .capture import as_tuple, capture, materialise
+from .flow import Flow
+from .gates import find_gates
+
+__all__ = ["ActivationUnits", "Keep", "UnitGraph", "WidthFloor"]
+
+
+@dataclass
+class ActivationUnits:
+    """The units of one call of an activation module.
+
+    name: key in `UnitGraph.units`. module: path of the module. atoms: the class of each unit. ids: each unit's number
+    at the analysis. total: units at the analysis.
+    """
+
+    name: str
+    module: str
+    slot: int
+    atoms: np.ndarray
+    ids: np.ndarray
+    total: int
+
+
+@dataclass
+class WidthFloor:
+    """At least `count` of the entries `atoms` stay, or all if there are fewer."""
+
+    atoms: np.ndarray
+    count: int
+    reason: str
+
+
+@dataclass
+class Keep:
+    """What stays, for given dead units. `atoms`: (classes,) bool. `widened`: activation or reason -> dead entries that
+    stay because of a width."""
+
+    atoms: np.ndarray
+    widened: dict[str, int]
+
+
+class UnitGraph:
+    """The units of a model. Make it with `UnitGraph.trace`; `compact(..., graph=graph)` keeps it up to date.
+
+    units: activation name -> units it has now. An activation module that is called several times has an entry a call,
+        `name@0`, `name@1`, ...
+    total_units: the same at the analysis.
+    unit_ids: activation name -> numbers (at the analysis) of the units that it still has.
+    gates: parameter name -> activation whose dead unit r makes row r (dim 0) of the parameter useless.
+    pinned: activation name -> why none of its units can be removed, for those of which that is so.
+    """
+
+    def __init__(self, built: Builder, inputs: tuple[Any, ...], untraced: list[str]) -> None:
+        roots, reasons = built.atoms.resolve()
+        blocks, split = _block_axes(built, roots)
+        built.flow.close(roots)
+        used = [built.flow.atom_of, *(roots[axis.atoms] for axis in built.axes.values()), roots[[PINNED]]]
+        classes = np.unique(np.concatenate(used))
+
+        def number(atoms: np.ndarray) -> np.ndarray:
+            return np.searchsorted(classes, roots[atoms])
+
+        self.flow: Flow = built.flow
+        self.flow.atom_of = np.searchsorted(classes, built.flow.atom_of)
+        self.classes: int = classes.size
+        self.reasons: dict[int, str] = {
+            int(np.searchsorted(classes, root)): text for root, text in {**split, **reasons}.items() if root in classes
+        }
+        self.is_pinned = np.zeros(self.classes, bool)
+        self.is_pinned[[int(number(np.array([PINNED]))[0]), *self.reasons]] = True
+        self.axes: dict[tuple[str, int], np.ndarray] = {
+            **{key: number(axis.atoms) for key, axis in built.axes.items()},
+            **{(name, dim): number(atoms) for name, dim, atoms in blocks},
+        }
+        self.axis_ids = {key: np.arange(atoms.size) for key, atoms in self.axes.items()}
+        self.axis_sizes = {key: atoms.size for key, atoms in self.axes.items()}
+        self.attributes = [(path, name, number(atoms)) for path, name, atoms in built.attributes]
+        self.selections = built.selections
+        self.floors = [WidthFloor(number(f.atoms), f.count, f.reason) for f in built.floors]
+        self.activations = _named(built, number)
+        self.inputs = inputs
+        self.output_shapes = built.output_shapes
+        self.untraced = untraced
+        self.total_units: dict[str, int] = {a.name: a.total for a in self.activations}
+        self._gates: dict[str, str] | None = None
+
+    @classmethod
+    def trace(cls, model: nn.Module, example_inputs: Any) -> UnitGraph:
+        """Analyse `model` on its ATen graph (torch.export, evaluation mode, fake tensors).
+
+        Nothing of the model changes, and nothing is computed; module modes come back exactly. Parameters that only a
+        training forward uses (auxiliary heads) are followed in a second graph.
+
+        Args:
+            example_inputs: a tensor or a tuple of the forward's positional arguments; meta tensors will do.
+
+        Raises AnalysisError if torch.export cannot capture the model, TypeError for a wrong argument.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"UnitGraph.trace: model must be an nn.Module, got {type(model).__name__}")
+        inputs = materialise(model, as_tuple(example_inputs))
+        builder = Builder(model)
+        builder.run(capture(model, inputs))
+        untraced = _untraced(model, builder)
+        if untraced:
+            # heads that run in training only read units too; their graph shares parameters and units with the first
+            builder.run(capture(model, inputs, leaves_only=True))
+            untraced = _untraced(model, builder)
+        specifications = torch.utils._pytree.tree_map(
+            lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, inputs
+        )
+        return cls(builder, specifications, untraced)
+
+    # --- what there is ---
+
+    @property
+    def units(self) -> dict[str, int]:
+        return {a.name: a.atoms.size for a in self.activations}
+
+    @property
+    def unit_ids(self) -> dict[str, np.ndarray]:
+        return {a.name: a.ids for a in self.activations}
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        found = {}
+        for a in self.activations:
+            if a.atoms.size and self.is_pinned[a.atoms].all():
+                found[a.name] = self.reasons.get(int(a.atoms[0]), "it meets a tensor that cannot be cut")
+        return found
+
+    @property
+    def gates(self) -> dict[str, str]:
+        if self._gates is None:
+            self._gates = find_gates(self)
+        return self._gates
+
+    def calls_of(self, module: str) -> list[ActivationUnits]:
+        """The calls of the activation module at a path."""
+        return [a for a in self.activations if a.module == module]
+
+    # --- what stays ---
+
+    def masks(self, dead: Mapping[str, Tensor]) -> dict[int, np.ndarray]:
+        """Check `dead` (activation name -> (units,) bool) and give it by activation number.
+
+        The path of a module that is called several times stands for all its calls. Raises ValueError for an unknown
+        name or a wrong length, TypeError for a wrong dtype.
+        """
+        masks: dict[int, np.ndarray] = {}
+        for name, mask in dead.items():
+            numbers = [i for i, a in enumerate(self.activations) if name in (a.name, a.module)]
+            if not numbers:
+                known = ", ".join(list(self.units)[:8]) + (", ..." if len(self.activations) > 8 else "")
+                raise ValueError(f"dead: names must be activations of the model ({known or 'it has none'}), got {name!r}")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"dead[{name!r}] must be a bool tensor, got {got}")
+            for i in numbers:
+                units = self.activations[i].atoms.size
+                if mask.shape != (units,):
+                    raise ValueError(f"dead[{name!r}] must have shape ({units},), got {tuple(mask.shape)}")
+                array = mask.detach().cpu().numpy()
+                masks[i] = masks[i] | array if i in masks else array
+        return masks
+
+    def keep(self, dead: Mapping[str, Tensor], *, round_to: int = 1, min_units: int = 1) -> Keep:
+        """What has to stay when the units `dead` are zero; see `Keep`. `keep_masks` gives it by parameter."""
+        live = self.flow.live(self.masks(dead))
+        widened: dict[str, int] = {}
+
+        def widen(kept: np.ndarray) -> np.ndarray:
+            kept = kept.copy()
+            added: list[np.ndarray] = []
+            wanted = [(a.name, a.atoms, max(min_units, -(-int(kept[a.atoms].sum()) // round_to) * round_to))
+                      for a in self.activations]
+            for reason, atoms, count in wanted + [(f.reason, f.atoms, f.count) for f in self.floors]:
+                extra = _first(atoms, kept, count)
+                if extra.size:
+                    kept[extra] = True
+                    added.append(extra)
+                    widened[reason] = widened.get(reason, 0) + extra.size
+            return np.concatenate(added) if added else np.empty(0, np.int64)
+
+        kept = self.flow.kept(live, self.classes, np.nonzero(self.is_pinned)[0], widen)[0]
+        return Keep(kept, widened)
+
+    def keep_masks(self, keep: Keep) -> dict[tuple[str, int], Tensor]:
+        """(parameter or buffer name, dimension) -> (size,) bool: entries that stay."""
+        return {key: torch.from_numpy(keep.atoms[atoms]) for key, atoms in self.axes.items()}
+
+    # --- following a compaction ---
+
+    def shrink(self, kept: np.ndarray) -> None:
+        """Forget the classes that are not kept (classes,) bool: the model has lost them."""
+        self.flow.shrink(kept)
+        for key, atoms in self.axes.items():
+            stays = kept[atoms]
+            self.axes[key], self.axis_ids[key] = atoms[stays], self.axis_ids[key][stays]
+        self.attributes = [(path, name, atoms[kept[atoms]]) for path, name, atoms in self.attributes]
+        for floor in self.floors:
+            floor.atoms = floor.atoms[kept[floor.atoms]]
+        for a in self.activations:
+            stays = kept[a.atoms]
+            a.atoms, a.ids = a.atoms[stays], a.ids[stays]
+        self._gates = None
+
+
+def _first(atoms: np.ndarray, kept: np.ndarray, count: int) -> np.ndarray:
+    """The first classes of `atoms` to keep besides `kept`, so that `count` entries stay."""
+    stays = kept[atoms]
+    missing = min(count, atoms.size) - int(stays.sum())
+    if missing <= 0:
+        return np.empty(0, np.int64)
+    candidates = atoms[~stays]
+    _, first, copies = np.unique(candidates, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    needed = int(np.searchsorted(np.cumsum(copies[order]), missing)) + 1
+    return candidates[np.sort(first)[:needed]]
+
+
+def _named(built: Builder, number: Any) -> list[ActivationUnits]:
+    paths = [a.name for a in built.activations]
+    named, seen = [], dict.fromkeys(paths, 0)
+    for a in built.activations:
+        name = a.name if paths.count(a.name) == 1 else f"{a.name}@{seen[a.name]}"
+        seen[a.name] += 1
+        named.append(ActivationUnits(name, a.name, a.slot, number(a.atoms), np.arange(a.atoms.size), a.atoms.size))
+    return named
+
+
+def _block_axes(
+    built: Builder, roots: np.ndarray
+) -> tuple[list[tuple[str, int, np.ndarray]], dict[int, str]]:
+    """Axes of the parameters that were followed entry by entry: a dimension along which alone the classes change.
+
+    Returns (axes as (name, dimension, atoms), reasons for the classes of parameters that have no such axis).
+    """
+    axes, split = [], {}
+    for name, atoms in built.blocks:
+        found = [d for d in range(atoms.ndim) if atoms.shape[d] > 1 and _depends_on(roots[atoms], d)]
+        if len(found) == 1:
+            d = found[0]
+            axes.append((name, d, np.moveaxis(atoms, d, 0).reshape(atoms.shape[d], -1)[:, 0]))
+        elif not found:
+            split.update(dict.fromkeys(np.unique(roots[atoms]).tolist(), f"parameter {name} is used entry by entry"))
+        else:
+            split[int(roots[atoms].flat[0])] = f"parameter {name} would go as a whole"
+    return axes, split
+
+
+def _depends_on(classes: np.ndarray, dim: int) -> bool:
+    rows = np.moveaxis(classes, dim, 0).reshape(classes.shape[dim], -1)
+    return bool((rows == rows[:, :1]).all())
+
+
+def _untraced(model: nn.Module, built: Builder) -> list[str]:
+    """Parameters that the captured graphs never read."""
+    return [name for name, _ in model.named_parameters() if name not in built.used]
