@@ -9,8 +9,9 @@ from typing import Any
 from .errors import need
 from .loop import RunResult
 
-__all__ = ["accuracy_against_time", "layers_over_time", "step_time", "units_and_penalty"]
+__all__ = ["TITLES", "accuracy_against_time", "layers_over_time", "step_time", "task_loss", "units_and_penalty"]
 
+TITLES = {"dense": "dense", "demp": "DemP"}
 COLOURS = {"dense": "#7b8494", "demp": "#0f7b6c"}
 ACCENT = "#c8553d"
 INK, FAINT = "#1f2933", "#d9dee5"
@@ -19,7 +20,7 @@ STYLE = {
     "font.family": "sans-serif", "font.size": 11, "svg.fonttype": "none", "text.color": INK,
     "axes.edgecolor": "#aab2bd", "axes.labelcolor": "#52606d", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#eceff3", "xtick.color": "#52606d",
-    "ytick.color": "#52606d", "lines.linewidth": 2.2, "figure.constrained_layout.use": True,
+    "ytick.color": "#52606d", "lines.linewidth": 2, "legend.frameon": False, "figure.constrained_layout.use": True,
 }
 
 
@@ -31,17 +32,15 @@ def accuracy_against_time(runs: list[RunResult]) -> str:
             rows = [row for row in run.rows if row["accuracy"] is not None]
             seconds = [row["seconds"] for row in rows]
             accuracy = [100 * row["accuracy"] for row in rows]
-            axes.plot(seconds, accuracy, color=_colour(run), marker="o", markersize=3.5)
-            if rows:
-                _label(axes, seconds[-1], accuracy[-1], run.name, _colour(run))
+            axes.plot(seconds, accuracy, marker="o", markersize=3.5, **_line(run))
         best = [100 * row["accuracy"] for run in runs for row in run.rows if row["accuracy"] is not None]
         if best and max(best) > 60:
             # the first epochs would squeeze the part that matters
             axes.set_ylim(bottom=max(min(best), max(best) - 40), top=min(100.5, max(best) + 3))
         axes.set_xlim(left=0)
-        axes.margins(x=0.12)
         axes.set_xlabel("training seconds (evaluation not counted)")
         axes.set_ylabel("test accuracy, %")
+        axes.legend(loc="lower right")
     return svg()
 
 
@@ -52,17 +51,29 @@ def step_time(runs: list[RunResult]) -> str:
         for run in runs:
             steps = [row["step"] for row in run.rows]
             milliseconds = [1e3 * row["seconds_per_step"] for row in run.rows]
-            axes.plot(steps, milliseconds, color=_colour(run), linewidth=1.8)
-            if steps:
-                _label(axes, steps[-1], milliseconds[-1], run.name, _colour(run))
+            axes.plot(steps, milliseconds, **_line(run))
         times = sorted(1e3 * row["seconds_per_step"] for run in runs for row in run.rows)
         if times:
             # one step on a busy machine must not flatten the rest
             axes.set_ylim(0, 1.25 * times[int(0.97 * (len(times) - 1))])
-        axes.margins(x=0.1)
         axes.set_xlim(left=0)
         axes.set_xlabel("step")
         axes.set_ylabel("milliseconds a step")
+        axes.legend(loc="lower left")
+    return svg()
+
+
+def task_loss(runs: list[RunResult]) -> str:
+    """Training loss of each run, without the penalty, against the step."""
+    with _figure(5.6, 3.4) as (figure, svg):
+        axes = figure.subplots()
+        for run in runs:
+            axes.plot([row["step"] for row in run.rows], [row["loss"] for row in run.rows], **_line(run))
+        axes.set_yscale("log")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss, penalty left out")
+        axes.legend(loc="lower left")
     return svg()
 
 
@@ -75,9 +86,13 @@ def units_and_penalty(run: RunResult) -> str:
         weight = [row["penalty_weight"] for row in run.rows]
         back.fill_between(steps, weight, color=ACCENT, alpha=0.13, linewidth=0)
         back.set_ylim(bottom=0)
-        back.set_ylabel("penalty weight", color=ACCENT)
-        back.tick_params(colors=ACCENT)
-        back.grid(False)
+        back.set_axis_off()
+        if weight:
+            top = max(weight)
+            back.annotate(
+                f"penalty weight, up to {top:.3g}", (steps[weight.index(top)], 0), (8, 8), textcoords="offset points",
+                color=ACCENT, fontsize=10,
+            )
         times, live = _steps_of(run, lambda units: sum(units.values()))
         axes.step(times, live, where="post", color=COLOURS["demp"])
         axes.set_zorder(back.get_zorder() + 1)
@@ -125,12 +140,8 @@ def _steps_of(run: RunResult, value: Callable[[dict[str, int]], Any]) -> tuple[l
     return [*steps, max(run.steps, steps[-1] + max(run.total_steps // 100, 1))], [*values, values[-1]]
 
 
-def _colour(run: RunResult) -> str:
-    return COLOURS.get(run.name, ACCENT)
-
-
-def _label(axes: Any, x: float, y: float, text: str, colour: str) -> None:
-    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", color=colour, va="center", fontweight="bold")
+def _line(run: RunResult) -> dict[str, Any]:
+    return {"color": COLOURS.get(run.name, ACCENT), "label": TITLES.get(run.name, run.name)}
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def headline_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ["a step at the end", *(_time(run["seconds_per_step_last"]) for run in runs.values())],
         ["training time", *(f"{run['train_seconds']:.1f} s" for run in runs.values())],
     ]
-    titles = ["", *(TITLES[name] for name in runs)]
+    titles = ["", *(plots.TITLES[name] for name in runs)]
     if len(runs) < 2:
         return titles, rows
     dense, demp = runs["dense"], runs["demp"]
@@ -90,9 +90,6 @@ def headline_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows[5].append(_faster(dense["seconds_per_step_last"], demp["seconds_per_step_last"]))
     rows[6].append(_faster(dense["train_seconds"], demp["train_seconds"]) if content["speedup"] else "")
     return [*titles, "change"], rows
-
-
-TITLES = {"dense": "dense", "demp": "DemP"}
 
 
 def terminal_table(content: dict[str, Any]) -> Table:
@@ -113,6 +110,7 @@ def write_report(path: Path, runs: list[RunResult], content: dict[str, Any], fil
     figures = [
         ("Accuracy against time", plots.accuracy_against_time(runs)),
         ("Time of a step", plots.step_time(runs)),
+        ("Loss", plots.task_loss(runs)),
     ]
     wide = []
     if demp is not None and demp.rows:

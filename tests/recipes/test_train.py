@@ -1,0 +1,239 @@
+"""`demp train` from the outside: files, table, exit codes."""
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from image_files import write_cifar10, write_folder, write_idx
+
+import demp_kernels as dk
+from demp_kernels.cli import main
+from demp_kernels.recipes.loop import new_model, read_data
+from demp_kernels.recipes.settings import TrainSettings
+
+RUN_KEYS = {"accuracy", "train_seconds", "seconds_per_step_first", "seconds_per_step_last", "params", "flops"}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "demp_kernels", "train", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run in which units die, made by the command in a process of its own: (folder, what it printed)."""
+    out = tmp_path_factory.mktemp("run")
+    done = subprocess.run(
+        command("--width", 8, "--epochs", 12, "--train-size", 640, "--lr", 0.03, "--peak-penalty", 0.1, "--out", out),
+        capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_summary_has_what_scripts_read(finished: tuple[Path, str]) -> None:
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    for run in ("dense", "demp"):
+        assert RUN_KEYS <= summary[run].keys()
+        assert 0 <= summary[run]["accuracy"] <= 1
+        assert summary[run]["train_seconds"] > 0
+    assert summary["total_units"] == 8 * 5 + 16 * 4 + 32 * 4 + 64 * 4
+    assert 17 <= summary["live_units"] < summary["total_units"]
+    assert summary["demp"]["params"] < summary["dense"]["params"]
+    assert summary["demp"]["flops"] < summary["dense"]["flops"]
+    ratio = summary["dense"]["train_seconds"] / summary["demp"]["train_seconds"]
+    assert summary["speedup"] == pytest.approx(ratio)
+    assert summary["interrupted"] is False
+    assert summary["settings"]["width"] == 8
+
+
+def test_csv_files(finished: tuple[Path, str]) -> None:
+    with (finished[0] / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    for run in ("dense", "demp"):
+        steps = [int(row["step"]) for row in rows if row["run"] == run]
+        assert steps == sorted(set(steps)) and steps[-1] == 12 * 10
+        assert sum(row["accuracy"] != "" for row in rows if row["run"] == run) == 12
+    assert float(rows[-1]["accuracy"]) == pytest.approx(summary["demp"]["accuracy"], abs=1e-5)
+    assert int(rows[-1]["live_units"]) == summary["live_units"]
+    with (finished[0] / "units.csv").open() as file:
+        units = list(csv.DictReader(file))
+    last = max(int(row["step"]) for row in units)
+    assert sum(int(row["live"]) for row in units if int(row["step"]) == last) == summary["live_units"]
+    assert sum(int(row["live"]) for row in units if row["step"] == "0") == summary["total_units"]
+
+
+def test_report_needs_nothing_but_itself(finished: tuple[Path, str]) -> None:
+    page = (finished[0] / "report.html").read_text()
+    assert "http" not in page and "<script" not in page and "$" not in page
+    assert page.index("<table") < page.index("<figure")
+    assert page.count("data:image/svg+xml;base64,") == 5
+    for name in ("metrics.csv", "units.csv", "summary.json", "checkpoint.pt", "checkpoint-dense.pt"):
+        assert f'href="{name}"' in page
+        assert (finished[0] / name).is_file()
+
+
+def test_output_without_a_terminal_is_plain_lines_and_the_table(finished: tuple[Path, str]) -> None:
+    lines = finished[1].splitlines()
+    assert "resnet18 of width 8 on digits: 640 of 1,437 training and 360 test images" in lines[0]
+    assert sum(line.startswith("demp epoch") for line in lines) == 12
+    for text in ("accuracy", "units live / total", "parameters", "FLOPs a sample", "a step at the end", "training time"):
+        assert any(line.strip().startswith(text) for line in lines)
+    assert "\x1b" not in finished[1]
+
+
+def test_checkpoint_holds_the_shrunk_network(finished: tuple[Path, str]) -> None:
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    settings = TrainSettings(width=8, train_size=640).resolved()
+    data = read_data(settings)
+    example = torch.zeros(2, 1, 8, 8)
+    model = dk.prepare(new_model(settings, data), example)
+    extra = dk.load_checkpoint(finished[0] / "checkpoint.pt", model)
+    assert extra["steps"] == 120
+    assert sum(p.numel() for p in model.parameters()) == summary["demp"]["params"]
+    model.eval()
+    with torch.no_grad():
+        right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in data.test)
+    assert right / 360 == pytest.approx(summary["demp"]["accuracy"], abs=1 / 360)
+
+
+def train(out: Path, *arguments: object) -> dict:
+    assert main(["train", "--out", str(out), *map(str, arguments)]) == 0
+    return json.loads((out / "summary.json").read_text())
+
+
+def test_fashion_mnist_mlp_scan_without_baseline(tmp_path: Path) -> None:
+    write_idx(tmp_path / "data", compressed=True)
+    summary = train(
+        tmp_path / "out", "--model", "mlp", "--width", 32, "--data", "fashion-mnist", "--data-dir", tmp_path / "data",
+        "--epochs", 2, "--batch-size", 20, "--criterion", "scan", "--prune-every", 2, "--no-baseline", "--tensorboard",
+    )
+    assert summary["dense"] is None and summary["speedup"] is None
+    assert summary["total_units"] == 96
+    assert list((tmp_path / "out" / "tensorboard" / "demp").iterdir())
+
+
+def test_cifar10_vgg16(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    summary = train(
+        tmp_path / "out", "--model", "vgg16", "--width", 2, "--data", "cifar10", "--data-dir", tmp_path, "--epochs", 1,
+        "--batch-size", 50, "--amp", "--no-channels-last",
+    )
+    assert summary["settings"]["amp"] == "bf16"
+    assert summary["total_units"] == 2 * (2 + 4 + 12 + 24 + 24) + 256
+
+
+def test_image_folder_vit(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data")
+    summary = train(
+        tmp_path / "out", "--model", "vit", "--width", 32, "--data", "folder", "--data-dir", tmp_path / "data",
+        "--image-size", 28, "--epochs", 1, "--batch-size", 8, "--workers", 0, "--criterion", "scan",
+    )
+    assert summary["data"]["train_images"] == 24
+    assert summary["total_units"] == 6 * 128
+
+
+def test_torchvision_model_on_grey_images(tmp_path: Path) -> None:
+    summary = train(
+        tmp_path, "--model", "squeezenet1_1", "--image-size", 40, "--train-size", 64, "--batch-size", 32, "--epochs", 1,
+        "--no-baseline",
+    )
+    assert summary["data"]["channels"] == 3
+
+
+def test_ctrl_c_keeps_what_is_known(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("--width", 8, "--epochs", 500, "--no-baseline", "--out", tmp_path), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        log = tmp_path / "metrics.csv"
+        while process.poll() is None and time.monotonic() < deadline and not (log.exists() and "demp" in log.read_text()):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "stopped" in output and "Traceback" not in errors
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["interrupted"] is True
+    assert 0 < summary["demp"]["steps"] < summary["demp"]["total_steps"]
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert content["demp"]["steps_done"] == summary["demp"]["steps"]
+    assert (tmp_path / "report.html").exists()
+
+
+BAD = [
+    (["--model", "resnet19"], "model must be one of"),
+    (["--data", "mnist"], "data must be one of digits, fashion-mnist, cifar10, folder, got 'mnist'"),
+    (["--data", "fashion-mnist", "--data-dir", "nowhere"], "data-dir must be an existing folder, got nowhere"),
+    (["--data", "fashion-mnist", "--data-dir", "."], "is not a Fashion-MNIST folder"),
+    (["--data", "cifar10", "--data-dir", "."], "is not a CIFAR-10 folder"),
+    (["--lr", "-0.1"], "lr must be above 0 and finite, got -0.1"),
+    (["--lr", "nan"], "lr must be above 0 and finite, got nan"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--peak-penalty", "-1"], "peak-penalty must be at least 0 and finite, got -1.0"),
+    (["--peak-noise", "-1"], "peak-noise must be at least 0 and finite, got -1.0"),
+    (["--weight-decay", "inf"], "weight-decay must be at least 0 and finite, got inf"),
+    (["--epochs", "0"], "epochs must be at least 1, got 0"),
+    (["--batch-size", "0"], "batch-size must be at least 1, got 0"),
+    (["--batch-size", "5000"], "batch-size must be at most the number of training images, 1437, got 5000"),
+    (["--prune-every", "0"], "prune-every must be at least 1, got 0"),
+    (["--criterion", "magic"], "argument --criterion: invalid choice: 'magic'"),
+    (["--device", "quantum"], "device must be auto, cpu, cuda or cuda:N, got 'quantum'"),
+    (["--device", "cuda:99"], "device cuda:99 is not there"),
+    (["--threads", "0"], "threads must be at least 1, got 0"),
+    (["--amp", "fp16", "--device", "cpu"], "amp fp16 needs a CUDA device"),
+    (["--model", "alexnet", "--epochs", "1"], "alexnet does not take images of 3x8x8; image-size resizes them"),
+    (["--seeds", "1"], "unrecognized arguments: --seeds 1"),
+    (["--out", "file"], "out must be a folder, got the file file"),
+    (["--out", "file/below"], "out cannot be made: file/below"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_one_line_and_code_2(
+    arguments: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    try:
+        code = main(["train", *arguments])
+    except SystemExit as stopped:  # argparse's own way out
+        code = stopped.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.err.startswith("demp train: error: ") and output.err.count("\n") == 1, output.err
+    assert text in output.err
+    assert output.out == ""
+    assert not (tmp_path / "demp-run" / "summary.json").exists()
+
+
+def test_the_process_ends_with_code_2_too(tmp_path: Path) -> None:
+    done = subprocess.run(command("--epochs", "-3"), capture_output=True, text=True, timeout=120, cwd=tmp_path, env={
+        **os.environ, "PYTHONPATH": str(Path(dk.__file__).parents[1]),
+    })
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "demp train: error: epochs must be at least 1, got -3"
+
+
+def test_info_prints_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.strip() == str(dk.build_info())
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "demp: error: the following arguments are required: command\n"
