@@ -133,6 +133,9 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
     if fuse:  # after the modes are set: a fused activation keeps that of the module it comes from
         fuse_norms(prepared)
         prepared.graph.lint()
+    for node in prepared.graph.nodes:
+        # torch.export would repeat these paths of the original modules instead of looking at the modules that are called
+        node.meta.pop("nn_module_stack", None)
     prepared.recompile()
     return prepared
 

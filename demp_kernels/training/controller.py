@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..compaction import CompactionReport, compact
 from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
+from .distributed import any_rank, every_rank, from_first_rank, rebuild_wrapper, sum_counters, unwrap
 from .liveness import StepLiveness, activations_of, scan_dead, window_dead
 from .penalty import PENALTY_NORMS, penalised_parameters, penalty_value
 from .schedule import SCHEDULES
@@ -69,7 +70,8 @@ class DemP:
 
     Args:
         model: a model from `prepare`, or any model with DemP activations (then `example_inputs` is required). It may
-            be wrapped by torch.compile.
+            be wrapped by torch.compile or DistributedDataParallel: then all ranks remove the same units (dead on
+            every rank) and the wrapper is rebuilt in place.
         optimizer: the optimiser of the model's parameters, or a list of them. Their state shrinks with the model.
         total_steps: optimiser steps of the run.
         peak_penalty: peak of lambda, >= 0.
@@ -132,7 +134,7 @@ class DemP:
         self.on_compaction: list[Callable[[CompactionReport], None]] = []
         """Called with the report after every removal."""
 
-        self._model = _unwrap(model)
+        self._wrapper, self._model = model, unwrap(model)
         self._optimizers = _optimizers(optimizer)
         if not activations_of(self._model):
             raise ValueError(
@@ -147,7 +149,7 @@ class DemP:
         self.total_units: dict[str, int] = dict(self.graph.units)
         device = next(self._model.parameters()).device
         drawn = torch.randint(2**62, (1,)) if seed is None else torch.tensor([seed])
-        self._noise_seed = drawn.to(device=device, dtype=torch.int64)
+        self._noise_seed = from_first_rank(drawn.to(device=device, dtype=torch.int64))
         self._liveness = StepLiveness(self._model)
         self._history: list[DemPEvent] = []
         self._steps_done = 0
@@ -243,7 +245,8 @@ class DemP:
     # --- the two halves of a step ---
 
     def _add_noise(self, std: float) -> None:
-        live = self._liveness.take()
+        # every rank must add the same noise, or their weights would drift apart
+        live = any_rank(self._liveness.take())
         gates = self.graph.gates
         targets = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         masks = [live.get(gates.get(name, "")) for name, _ in targets]
@@ -251,7 +254,12 @@ class DemP:
         self._noise_seed.add_(1)
 
     def _remove_dead(self) -> CompactionReport:
-        dead = window_dead(self._model) if self.criterion == "window" else scan_dead(self._model, self.scan_batches)
+        if self.criterion == "window":
+            counted = [m for m in activations_of(self._model).values() if m.active is not None]
+            sum_counters([counter for m in counted for counter in (m.active, m.seen)])
+            dead = window_dead(self._model)
+        else:
+            dead = every_rank(scan_dead(self._model, self.scan_batches))
         report = compact(
             self._model,
             self._optimizers,
@@ -264,6 +272,7 @@ class DemP:
             module.reset_counts()
         self._liveness.restart()
         if report.changed:
+            rebuild_wrapper(self._wrapper)
             self._history.append(
                 DemPEvent(self._steps_done, self.live_units, report.params_after, report.seconds)
             )
@@ -295,7 +304,3 @@ def _optimizers(optimizer: Any) -> list[Optimizer]:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(one).__name__}")
     return found
 
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, or the model itself."""
-    return getattr(model, "_orig_mod", model)

@@ -1,0 +1,96 @@
+"""Ranks of a data-parallel run agree on what is dead, draw the same noise, and get a wrapper that fits the smaller model.
+
+Every function does nothing in a process that is not part of a group.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["any_rank", "every_rank", "from_first_rank", "rebuild_wrapper", "sum_counters", "unwrap"]
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def from_first_rank(value: Tensor) -> Tensor:
+    """Rank 0's value on every rank."""
+    if is_distributed():
+        dist.broadcast(value, src=0)
+    return value
+
+
+def any_rank(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """name -> bool mask, True where it is True on any rank. One collective for all masks."""
+    return _reduce_masks(masks, dist.ReduceOp.MAX) if is_distributed() else masks
+
+
+def every_rank(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """name -> bool mask, True where it is True on all ranks."""
+    return _reduce_masks(masks, dist.ReduceOp.MIN) if is_distributed() else masks
+
+
+def sum_counters(counters: list[Tensor]) -> None:
+    """Replace each int64 tensor by its sum over the ranks. One collective for all of them."""
+    if not is_distributed() or not counters:
+        return
+    flat = torch.cat([c.flatten() for c in counters])
+    dist.all_reduce(flat)
+    for counter, total in zip(counters, flat.split([c.numel() for c in counters])):
+        counter.copy_(total.view_as(counter))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and DistributedDataParallel's wrappers, or the model itself."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def rebuild_wrapper(model: nn.Module) -> None:
+    """Make a DistributedDataParallel object fit its module's new shapes, in place; other models are left alone.
+
+    The reducer was built for the old shapes: its buckets and its hooks on the gradients are replaced by initialising
+    the same object again with the arguments it was made with, so that the caller's variable stays the model.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, DistributedDataParallel):
+        return
+    arguments: dict[str, Any] = {
+        "device_ids": model.device_ids,
+        "output_device": model.output_device,
+        "dim": model.dim,
+        "broadcast_buffers": model.broadcast_buffers,
+        "process_group": model.process_group,
+        "bucket_cap_mb": model.bucket_bytes_cap / (1024 * 1024),
+        "find_unused_parameters": model.find_unused_parameters,
+        "gradient_as_bucket_view": model.gradient_as_bucket_view,
+        "static_graph": model.static_graph,
+        "mixed_precision": model.mixed_precision,
+        "init_sync": False,  # all ranks removed the same entries of the same tensors
+    }
+    training, module, communication = model.training, model.module, list(model._comm_hooks)
+    del model.reducer
+    DistributedDataParallel.__init__(model, module, **arguments)
+    model.training = training
+    for hook, state in communication:
+        model.register_comm_hook(state, hook)
+
+
+def _reduce_masks(masks: dict[str, Tensor], operation: Any) -> dict[str, Tensor]:
+    if not masks:
+        return masks
+    flat = torch.cat(list(masks.values())).to(torch.uint8)
+    dist.all_reduce(flat, op=operation)
+    parts = flat.bool().split([m.numel() for m in masks.values()])
+    return dict(zip(masks, parts))
