@@ -156,7 +156,7 @@ def channel_select(x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int =
 def _forward(
     x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if not x.is_contiguous() and not _activation.is_dense(x):
+    if not x.is_contiguous() and not _activation.is_usable(x, channel_dim):
         x = x.contiguous()
     if noise_std > 0:
         seed = _seed(seed, x.device)
@@ -174,7 +174,7 @@ def _forward(
 def _forward_(
     x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or not _activation.is_dense(x):
+    if torch.compiler.is_compiling() or not (x.is_contiguous() or _activation.is_usable(x, channel_dim)):
         # The compiler plans memory itself; strided x has no kernel. Either way x ends up holding y.
         y, active = _forward(x, activation, slope, channel_dim, noise_std, seed)
         return x.copy_(y), active

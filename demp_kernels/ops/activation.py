@@ -8,7 +8,7 @@
 depend on the seed and the element's coordinates alone (`reference.noise`).
 
     x: (N, C, *) or any shape of at least two dimensions with the channels in `channel_dim`; float32, bfloat16, float16 or
-        float64; contiguous or channels_last(_3d). Arithmetic is in float32 (float64 for float64).
+        float64; contiguous, or channels_last(_3d) with channel_dim 1. Arithmetic is in float32 (float64 for float64).
     y: like x. active: (C,) int64.
     mask: with noise, for relu and leaky_relu: uint8, one bit an element in y's memory order (bit i % 8 of byte i // 8),
         which backward uses, because the sign of a noisy y is not that of x. Otherwise empty.
@@ -64,8 +64,10 @@ def check_forward(
             f"activation: channel_dim must be between {-x.dim()} and {x.dim() - 1} for x of shape "
             f"{shape_text(x.shape)}, got {channel_dim}"
         )
-    if not is_dense(x):
-        raise ValueError(f"activation: x must be contiguous or channels_last, got strides {shape_text(x.stride())}")
+    if not is_usable(x, channel_dim):
+        raise ValueError(
+            f"activation: x must be contiguous, or channels_last with channel_dim 1, got strides {shape_text(x.stride())}"
+        )
     if not (noise_std >= 0 and math.isfinite(noise_std)):
         raise ValueError(f"activation: noise_std must be finite and >= 0, got {noise_std:g}")
     if noise_std > 0:
@@ -121,6 +123,11 @@ def _check_activation(activation: str) -> None:
 def is_dense(x: Tensor) -> bool:
     """Contiguous or channels_last(_3d)."""
     return x.is_contiguous() or (x.dim() in _CHANNELS_LAST and x.is_contiguous(memory_format=_CHANNELS_LAST[x.dim()]))
+
+
+def is_usable(x: Tensor, channel_dim: int) -> bool:
+    """There are kernels for x as it is: contiguous, or channels_last(_3d) with the channels in dimension 1."""
+    return x.is_contiguous() or (channel_dim % x.dim() == 1 and is_dense(x))
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:
@@ -198,12 +205,12 @@ torch.library.register_fake("demp_kernels::activation_backward", _fake_backward,
 def _save(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, activation: str, slope: float) -> None:
     """Keep what backward needs and no more: the bits if there are any, else y where its sign tells, else x."""
     ctx.activation, ctx.slope, ctx.memory_format = activation, slope, memory_format(y)
-    if activation == "relu" or (activation == "leaky_relu" and slope > 0):
+    if mask.numel():
+        saved = y.new_empty(0)
+    elif activation == "relu" or (activation == "leaky_relu" and slope > 0):
         saved = y
     else:
         saved = x
-    if mask.numel() or (activation in ("relu", "leaky_relu") and not y.numel()):
-        saved = mask.new_empty(0, dtype=y.dtype)
     ctx.save_for_backward(saved, mask)
 
 

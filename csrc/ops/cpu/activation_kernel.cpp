@@ -1,0 +1,298 @@
+// activation on the CPU; what it computes is in demp_kernels/ops/activation.py. The loops are in
+// isa/activation_loops.h, compiled here once for every instruction set (isa/for_each.h); this file cuts tensors into
+// blocks and shares. No compiler flag beyond -O2 or -O3 is needed.
+//
+// Counts are integers summed over shares in order: the result does not depend on the number of threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <math.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common/checks.h"
+#include "common/parallel.h"
+#include "common/philox.h"
+#include "ops/cpu/isa/activation_table.h"
+
+#define DEMP_ISA_SOURCE "ops/cpu/isa/activation_loops.h"
+#include "ops/cpu/isa/for_each.h"
+
+namespace demp {
+namespace {
+
+const ActivationTable& table() {
+#if defined(__x86_64__)
+  switch (cpu_level()) {
+    case Level::avx512: return avx512::kActivationTable;
+    case Level::avx2: return avx2::kActivationTable;
+    case Level::portable: break;
+  }
+#endif
+  return portable::kActivationTable;
+}
+
+// ---- checks ---------------------------------------------------------------------------------------------------
+
+int check_activation(const std::string& activation) {
+  static const char* const names[kActs] = {"relu", "leaky_relu", "gelu", "gelu_tanh", "silu"};
+  for (int i = 0; i < kActs; ++i) {
+    if (activation == names[i]) return i;
+  }
+  fail("activation: activation must be one of relu, leaky_relu, gelu, gelu_tanh, silu, got ", activation);
+}
+
+bool is_piecewise_linear(int act) { return act == int(Act::relu) || act == int(Act::leaky_relu); }
+
+struct Forward {
+  int act, type;
+  std::int64_t outer, channels, inner;  // memory order is (outer, channels, inner)
+  Parameters parameters;
+  std::uint64_t seed;
+  bool noisy;
+};
+
+Forward check_forward(const Tensor& x, const std::string& activation, double slope, std::int64_t channel_dim,
+                      double noise_std, const std::optional<Tensor>& seed) {
+  Forward f{};
+  f.act = check_activation(activation);
+  f.type = type_index(x.scalar_type());
+  if (f.type < 0) {
+    fail("activation: x must be float32, bfloat16, float16 or float64, got ", dtype_name(x.scalar_type()));
+  }
+  const std::int64_t dims = x.dim();
+  if (dims < 2) fail("activation: x must have a channel dimension, got shape ", tuple_text(x.sizes()));
+  if (channel_dim < -dims || channel_dim >= dims) {
+    fail("activation: channel_dim must be between ", -dims, " and ", dims - 1, " for x of shape ",
+         tuple_text(x.sizes()), ", got ", channel_dim);
+  }
+  if (channel_dim < 0) channel_dim += dims;
+  const bool contiguous = x.is_contiguous();
+  if (!contiguous && !(channel_dim == 1 && is_channels_last(x))) {
+    fail("activation: x must be contiguous, or channels_last with channel_dim 1, got strides ",
+         tuple_text(x.strides()));
+  }
+  if (!(noise_std >= 0 && std::isfinite(noise_std))) {
+    fail("activation: noise_std must be finite and >= 0, got ", number_text(noise_std));
+  }
+  f.noisy = noise_std > 0;
+  if (f.noisy) {
+    if (!seed) fail("activation: seed is needed when noise_std > 0, got None");
+    check_seed("activation", *seed);
+    f.seed = std::uint64_t(*seed->const_data_ptr<std::int64_t>());
+  }
+  f.parameters = {slope, noise_std};
+  f.channels = x.size(channel_dim);
+  f.outer = f.inner = 1;
+  for (std::int64_t d = 0; d < dims; ++d) {
+    if (d != channel_dim) (d < channel_dim || !contiguous ? f.outer : f.inner) *= x.size(d);
+  }
+  return f;
+}
+
+// ---- forward --------------------------------------------------------------------------------------------------
+
+// Elements that are worth another thread: about 10 us of work.
+std::int64_t grain(const Forward& f) { return f.noisy ? 8192 : is_piecewise_linear(f.act) ? 65536 : 16384; }
+
+// One array of counters a share, a cache line apart, summed into `active` at the end.
+class Counters {
+ public:
+  Counters(std::int64_t* active, std::int64_t channels, std::int64_t shares)
+      : active_(active), channels_(channels), stride_(channels + 16), shares_(shares) {
+    std::fill_n(active, channels, 0);
+    if (shares > 1) storage_.resize(std::size_t(stride_ * shares));
+  }
+  std::int64_t* of(std::int64_t share) { return shares_ > 1 ? storage_.data() + stride_ * share + 8 : active_; }
+  void sum() {
+    if (shares_ == 1) return;
+    for (std::int64_t s = 0; s < shares_; ++s) {
+      for (std::int64_t c = 0; c < channels_; ++c) active_[c] += of(s)[c];
+    }
+  }
+
+ private:
+  std::int64_t* active_;
+  std::int64_t channels_, stride_, shares_;
+  std::vector<std::int64_t> storage_;
+};
+
+// Scratch for noise, aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t bytes) : storage_(new char[std::size_t(bytes) + 64]) {}
+  template <class T>
+  T* as() {
+    return reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(storage_.get()) + 63) & ~std::uintptr_t{63});
+  }
+
+ private:
+  std::unique_ptr<char[]> storage_;
+};
+
+const char* at(const void* p, std::int64_t element, int size) { return static_cast<const char*>(p) + element * size; }
+char* at(void* p, std::int64_t element, int size) { return static_cast<char*>(p) + element * size; }
+
+// Channel planes: (outer, channels, inner) with inner > 1. Blocks are flat pieces of memory, whatever the planes' size;
+// counts come from the blocks' bits.
+void forward_planes(const Forward& f, const void* x, void* y, int size, std::int64_t* active, std::uint8_t* mask) {
+  const ActivationTable& t = table();
+  const std::int64_t n = f.outer * f.channels * f.inner, block = f.noisy ? 4096 : 16384;
+  const Shares shares((n + kBlockBits - 1) / kBlockBits, grain(f) / kBlockBits);
+  Counters counters(active, f.channels, shares.count);
+  shares.run([&](std::int64_t share, std::int64_t first, std::int64_t last) {
+    alignas(64) std::uint8_t bits[16384 / 8 + 8];
+    Scratch noise(f.noisy ? (block + t.noise_slack) * 4 : 0), stage(f.noisy ? t.stage_bytes : 0);
+    const std::int64_t end = std::min(n, last * kBlockBits);
+    for (std::int64_t i = first * kBlockBits; i < end; i += block) {
+      const std::int64_t m = std::min(block, end - i);
+      if (f.noisy) {
+        t.noise_planes(noise.as<float>(), i, i + m, f.channels, f.inner, f.seed, stage.as<char>());
+        t.noisy[f.type][f.act](at(x, i, size), at(y, i, size), m, f.parameters, bits, noise.as<float>());
+        if (mask) std::memcpy(mask + i / 8, bits, std::size_t(m + 7) / 8);
+      } else {
+        t.flat[f.type][f.act](at(x, i, size), at(y, i, size), m, f.parameters, bits);
+      }
+      t.count_planes(bits, i, i + m, f.channels, f.inner, counters.of(share));
+    }
+  });
+  counters.sum();
+}
+
+// Rows: (rows, channels), the channel innermost.
+void forward_rows(const Forward& f, const void* x, void* y, int size, std::int64_t* active, std::uint8_t* mask) {
+  const ActivationTable& t = table();
+  const std::int64_t rows = f.outer, channels = f.channels, packet = t.packet[f.type];
+  // Rows side by side that fill whole vectors, unless their counters outgrow the first-level cache.
+  std::int64_t together = packet / std::gcd(channels, packet);
+  if (together * channels > 4096) together = 1;
+  constexpr std::int64_t unit = 8;  // rows: whole groups of noise, whole bytes of bits
+  const Shares shares((rows + unit - 1) / unit, grain(f) / (unit * channels));
+  Counters counters(active, channels, shares.count);
+  shares.run([&](std::int64_t share, std::int64_t first, std::int64_t last) {
+    std::vector<std::int64_t> lanes(std::size_t(together * channels + packet));
+    RowCounts counts{lanes.data(), together, 0, counters.of(share)};
+    const std::int64_t begin = first * unit, end = std::min(rows, last * unit);
+    if (!f.noisy) {
+      t.rows[f.type][f.act](at(x, begin * channels, size), at(y, begin * channels, size), end - begin, channels,
+                            f.parameters, counts);
+    } else {
+      const std::int64_t step = std::max(unit, together), block = step * std::max<std::int64_t>(1, 4096 / (step * channels));
+      Scratch noise((block * channels + t.noise_slack) * 4), stage(t.stage_bytes), bits(block * channels / 8 + 8);
+      for (std::int64_t r = begin; r < end; r += block) {
+        const std::int64_t m = std::min(block, end - r), i = r * channels;
+        t.count_rows[f.type](at(x, i, size), m, channels, counts);  // before y, which may be x, is written
+        t.noise_rows(noise.as<float>(), r, r + m, channels, f.seed, stage.as<char>());
+        t.noisy[f.type][f.act](at(x, i, size), at(y, i, size), m * channels, f.parameters,
+                               mask ? mask + i / 8 : bits.as<std::uint8_t>(), noise.as<float>());
+      }
+    }
+    t.finish_rows[f.type](channels, counts);
+  });
+  counters.sum();
+}
+
+// Fills y, which may be x; returns active and mask.
+std::tuple<Tensor, Tensor> run_forward(const Forward& f, const Tensor& x, const Tensor& y) {
+  const std::int64_t n = x.numel();
+  const bool with_mask = f.noisy && is_piecewise_linear(f.act);
+  Tensor active = torch::stable::new_empty(x, {f.channels}, ScalarType::Long);
+  Tensor mask = torch::stable::new_empty(x, {with_mask ? (n + 7) / 8 : 0}, ScalarType::Byte);
+  std::int64_t* counts = active.mutable_data_ptr<std::int64_t>();
+  if (n == 0) {
+    std::fill_n(counts, f.channels, 0);
+    return {active, mask};
+  }
+  std::uint8_t* bits = with_mask ? mask.mutable_data_ptr<std::uint8_t>() : nullptr;
+  (f.inner == 1 ? forward_rows : forward_planes)(f, x.const_data_ptr(), y.mutable_data_ptr(), int(x.element_size()),
+                                                 counts, bits);
+  return {active, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> activation_forward(const Tensor& x, std::string activation, double slope,
+                                                      std::int64_t channel_dim, double noise_std,
+                                                      std::optional<Tensor> seed) {
+  const Forward f = check_forward(x, activation, slope, channel_dim, noise_std, seed);
+  Tensor y = torch::stable::empty_like(x);
+  auto [active, mask] = run_forward(f, x, y);
+  return {y, active, mask};
+}
+
+std::tuple<Tensor, Tensor> activation_forward_(Tensor x, std::string activation, double slope, std::int64_t channel_dim,
+                                               double noise_std, std::optional<Tensor> seed) {
+  const Forward f = check_forward(x, activation, slope, channel_dim, noise_std, seed);
+  if (!is_piecewise_linear(f.act)) {
+    fail("activation: only relu and leaky_relu can be done in place, got ", activation);
+  }
+  if (f.act == int(Act::leaky_relu) && !(slope > 0)) {
+    fail("activation: slope must be > 0 in place, got ", number_text(slope));
+  }
+  return run_forward(f, x, x);
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------
+
+Tensor activation_backward(const Tensor& grad, const Tensor& saved, const Tensor& mask, std::string activation,
+                           double slope) {
+  const int act = check_activation(activation), type = type_index(grad.scalar_type());
+  if (type < 0) {
+    fail("activation: grad must be float32, bfloat16, float16 or float64, got ", dtype_name(grad.scalar_type()));
+  }
+  if (!is_dense(grad)) {
+    fail("activation: grad must be contiguous or channels_last, got strides ", tuple_text(grad.strides()));
+  }
+  if (mask.scalar_type() != ScalarType::Byte) {
+    fail("activation: mask must be uint8, got ", dtype_name(mask.scalar_type()));
+  }
+  const std::int64_t n = grad.numel();
+  const bool from_bits = mask.numel() > 0 && is_piecewise_linear(act);
+  if (from_bits && mask.numel() != (n + 7) / 8) {
+    fail("activation: mask must have ", (n + 7) / 8, " bytes for grad of shape ", tuple_text(grad.sizes()), ", got ",
+         mask.numel());
+  }
+  if (!from_bits && (saved.scalar_type() != grad.scalar_type() || !same_shape(saved, grad) || !same_order(saved, grad))) {
+    fail("activation: saved must be like grad (", dtype_name(grad.scalar_type()), ", shape ", tuple_text(grad.sizes()),
+         ", strides ", tuple_text(grad.strides()), "), got ", dtype_name(saved.scalar_type()), ", shape ",
+         tuple_text(saved.sizes()), ", strides ", tuple_text(saved.strides()));
+  }
+  Tensor result = torch::stable::empty_like(grad);
+  if (n == 0) return result;
+  const ActivationTable& t = table();
+  const int size = int(grad.element_size());
+  const void* g = grad.const_data_ptr();
+  const void* s = from_bits ? mask.const_data_ptr() : saved.const_data_ptr();
+  void* out = result.mutable_data_ptr();
+  const Shares shares((n + kBlockBits - 1) / kBlockBits, (is_piecewise_linear(act) ? 65536 : 16384) / kBlockBits);
+  shares.run([&](std::int64_t, std::int64_t first, std::int64_t last) {
+    const std::int64_t i = first * kBlockBits, m = std::min(n, last * kBlockBits) - i;
+    if (from_bits) {
+      t.backward_bits[type][act](at(g, i, size), static_cast<const std::uint8_t*>(s) + i / 8, at(out, i, size), m, slope);
+    } else {
+      t.backward[type][act](at(g, i, size), at(s, i, size), at(out, i, size), m, slope);
+    }
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace demp
+
+STABLE_TORCH_LIBRARY_IMPL(demp_kernels, CPU, m) {
+  m.impl("activation_forward", TORCH_BOX(&demp::activation_forward));
+  m.impl("activation_forward_", TORCH_BOX(&demp::activation_forward_));
+  m.impl("activation_backward", TORCH_BOX(&demp::activation_backward));
+}

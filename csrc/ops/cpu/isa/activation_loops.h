@@ -1,0 +1,300 @@
+// Loops of the activation op for one instruction set; see activation_table.h for what each does.
+#include "ops/cpu/isa/vector.h"
+#include "ops/cpu/isa/math.h"
+#include "ops/cpu/isa/noise.h"
+
+namespace demp {
+namespace DEMP_ISA {
+namespace {
+
+DEMP_INLINE void load_noise(const float* p, F& v) { v = load_bytes<F>(p); }
+DEMP_INLINE void load_noise(const float* p, D& v) { v = __builtin_convertvector(load_bytes<HalfF>(p), D); }
+DEMP_INLINE F where_active(F x, F v) { return (F)(active_lanes(x) & (I32)v); }
+DEMP_INLINE D where_active(D x, D v) { return (D)(active_lanes(x) & (I64)v); }
+
+// One vector of elements: y = act(x), plus noise on the active ones; which were active. y may be x.
+template <class T, Act act, bool noisy>
+DEMP_INLINE typename Ops<T>::Mask packet(const T* x, T* y, const float* noise, Parameters parameters) {
+  typedef Ops<T> O;
+  typedef typename O::Wide W;
+  const typename O::Vec v = load_bytes<typename O::Vec>(x);
+  const typename O::Mask mask = O::active(v);
+  if constexpr (act == Act::relu && !noisy) {
+    store_bytes(y, O::keep(mask, v));  // relu needs no arithmetic: 16-bit types stay as they are
+  } else {
+    typedef decltype(W{}[0] + 0) Scalar;
+    const W slope = W{} + (Scalar)parameters.slope, noise_std = W{} + (Scalar)parameters.noise_std;
+    W in[O::parts];
+    for (int i = 0; i < O::parts; ++i) in[i] = O::load_wide(x + i * O::wide_lanes);
+    for (int i = 0; i < O::parts; ++i) {
+      W value = activate<act>(in[i], slope);
+      if constexpr (noisy) {
+        W xi;
+        load_noise(noise + i * O::wide_lanes, xi);
+        value = value + where_active(in[i], noise_std * xi);
+      }
+      O::store_wide(y + i * O::wide_lanes, value);
+    }
+  }
+  return mask;
+}
+
+template <class T, Act act, bool noisy>
+DEMP_INLINE std::uint64_t block(const T* x, T* y, const float* noise, Parameters parameters) {
+  typedef Ops<T> O;
+  std::uint64_t word = 0;
+  for (int i = 0; i < kBlockBits; i += O::N) {
+    word |= to_bits<O>(packet<T, act, noisy>(x + i, y + i, noise + i, parameters)) << i;
+  }
+  return word;
+}
+
+template <class T, Act act, bool noisy>
+void flat_loop(const T* x, T* y, std::int64_t n, Parameters parameters, std::uint8_t* bits, const float* noise) {
+  std::int64_t i = 0;
+  for (; i + kBlockBits <= n; i += kBlockBits) {
+    const std::uint64_t word = block<T, act, noisy>(x + i, y + i, noisy ? noise + i : noise, parameters);
+    __builtin_memcpy(bits + i / 8, &word, 8);
+  }
+  if (i == n) return;
+  T in[kBlockBits] = {}, out[kBlockBits];  // zeros are not active
+  float xi[kBlockBits] = {};
+  const std::size_t rest = (std::size_t)(n - i);
+  __builtin_memcpy(in, x + i, rest * sizeof(T));
+  if (noisy) __builtin_memcpy(xi, noise + i, rest * sizeof(float));
+  const std::uint64_t word = block<T, act, noisy>(in, out, xi, parameters);
+  __builtin_memcpy(y + i, out, rest * sizeof(T));
+  __builtin_memcpy(bits + i / 8, &word, (rest + 7) / 8);
+}
+
+template <class T, Act act>
+void flat(const void* x, void* y, std::int64_t n, Parameters parameters, std::uint8_t* bits) {
+  flat_loop<T, act, false>((const T*)x, (T*)y, n, parameters, bits, nullptr);
+}
+
+template <class T, Act act>
+void noisy(const void* x, void* y, std::int64_t n, Parameters parameters, std::uint8_t* bits, const float* noise) {
+  flat_loop<T, act, true>((const T*)x, (T*)y, n, parameters, bits, noise);
+}
+
+// R rows of `length` elements, `stride` apart: counters are touched once for R vectors.
+template <class T, Act act, bool write, int R>
+DEMP_INLINE void band(const T* x, T* y, std::int64_t stride, std::int64_t length, Parameters parameters,
+                      typename Ops<T>::Count* counts) {
+  typedef Ops<T> O;
+  typedef typename O::Vec V;
+  std::int64_t i = 0;
+  for (; i + O::N <= length; i += O::N) {
+    V count = load_bytes<V>(counts + i);
+    for (int r = 0; r < R; ++r) {
+      if (write) {
+        count = O::add(count, packet<T, act, false>(x + r * stride + i, y + r * stride + i, nullptr, parameters));
+      } else {
+        count = O::add(count, O::active(load_bytes<V>(x + r * stride + i)));
+      }
+    }
+    store_bytes(counts + i, count);
+  }
+  if (i == length) return;
+  V count = load_bytes<V>(counts + i);
+  const std::size_t rest = (std::size_t)(length - i) * sizeof(T);
+  for (int r = 0; r < R; ++r) {
+    T in[O::N] = {}, out[O::N];
+    __builtin_memcpy(in, x + r * stride + i, rest);
+    count = O::add(count, packet<T, act, false>(in, out, nullptr, parameters));
+    if (write) __builtin_memcpy(y + r * stride + i, out, rest);
+  }
+  store_bytes(counts + i, count);
+}
+
+template <class T>
+void finish_rows(std::int64_t channels, RowCounts& state) {
+  typename Ops<T>::Count* counts = (typename Ops<T>::Count*)state.lanes;
+  for (std::int64_t k = 0; k < state.rows; ++k) {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      state.active[c] += counts[k * channels + c];
+      counts[k * channels + c] = 0;
+    }
+  }
+  state.pending = 0;
+}
+
+template <class T, Act act, bool write>
+DEMP_INLINE void row_loop(const T* x, T* y, std::int64_t rows, std::int64_t channels, Parameters parameters,
+                          RowCounts& state) {
+  typedef typename Ops<T>::Count Count;
+  constexpr std::int64_t limit = sizeof(Count) == 2 ? 0x7fff : 0x7fffffff;
+  const std::int64_t length = state.rows * channels;
+  while (rows > 0) {
+    if (state.pending + 4 > limit) finish_rows<T>(channels, state);
+    Count* counts = (Count*)state.lanes;
+    std::int64_t done;
+    if (rows >= 4 * state.rows) {
+      band<T, act, write, 4>(x, y, length, length, parameters, counts);
+      done = 4 * state.rows;
+      state.pending += 4;
+    } else {
+      done = rows < state.rows ? rows : state.rows;
+      band<T, act, write, 1>(x, y, 0, done * channels, parameters, counts);
+      state.pending += 1;
+    }
+    x += done * channels;
+    y = write ? y + done * channels : y;
+    rows -= done;
+  }
+}
+
+template <class T, Act act>
+void rows(const void* x, void* y, std::int64_t rows, std::int64_t channels, Parameters parameters, RowCounts& state) {
+  row_loop<T, act, true>((const T*)x, (T*)y, rows, channels, parameters, state);
+}
+
+template <class T>
+void count_rows(const void* x, std::int64_t rows, std::int64_t channels, RowCounts& state) {
+  row_loop<T, Act::relu, false>((const T*)x, nullptr, rows, channels, Parameters{}, state);
+}
+
+DEMP_INLINE std::uint64_t word_at(const std::uint8_t* bits, std::int64_t word) {
+  std::uint64_t value;
+  __builtin_memcpy(&value, bits + 8 * word, 8);
+  return value;
+}
+
+// Ones among the bits [begin, end); reads whole words.
+DEMP_INLINE std::int64_t ones(const std::uint8_t* bits, std::int64_t begin, std::int64_t end) {
+  const std::int64_t first = begin / 64, last = (end - 1) / 64;
+  const std::uint64_t head = ~0ull << (begin % 64), tail = ~0ull >> (63 - (end - 1) % 64);
+  if (first == last) return __builtin_popcountll(word_at(bits, first) & head & tail);
+  std::int64_t sum = __builtin_popcountll(word_at(bits, first) & head) + __builtin_popcountll(word_at(bits, last) & tail);
+  for (std::int64_t w = first + 1; w < last; ++w) sum += __builtin_popcountll(word_at(bits, w));
+  return sum;
+}
+
+void count_planes(const std::uint8_t* bits, std::int64_t begin, std::int64_t end, std::int64_t channels,
+                  std::int64_t inner, std::int64_t* active) {
+  std::int64_t channel = begin / inner % channels, left = inner - begin % inner;
+  const std::int64_t n = end - begin;
+  for (std::int64_t i = 0; i < n; left = inner) {
+    const std::int64_t length = left < n - i ? left : n - i;
+    active[channel] += ones(bits, i, i + length);
+    i += length;
+    if (++channel == channels) channel = 0;
+  }
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------
+
+template <class T, Act act>
+DEMP_INLINE void masked_gradient(const T* grad, typename Ops<T>::Mask mask, T* out, double slope) {
+  typedef Ops<T> O;
+  typedef typename O::Wide W;
+  typedef decltype(W{}[0] + 0) Scalar;
+  const typename O::Vec g = load_bytes<typename O::Vec>(grad);
+  if constexpr (act == Act::relu) {
+    store_bytes(out, O::keep(mask, g));
+  } else {
+    T scaled[O::N];
+    for (int i = 0; i < O::parts; ++i) {
+      O::store_wide(scaled + i * O::wide_lanes, O::load_wide(grad + i * O::wide_lanes) * (W{} + (Scalar)slope));
+    }
+    store_bytes(out, O::choose(mask, g, load_bytes<typename O::Vec>(scaled)));
+  }
+}
+
+template <class T, Act act>
+DEMP_INLINE void gradient(const T* grad, const T* saved, T* out, double slope) {
+  typedef Ops<T> O;
+  if constexpr (act == Act::relu || act == Act::leaky_relu) {
+    masked_gradient<T, act>(grad, O::active(load_bytes<typename O::Vec>(saved)), out, slope);
+  } else {
+    for (int i = 0; i < O::parts; ++i) {
+      const int at = i * O::wide_lanes;
+      O::store_wide(out + at, O::load_wide(grad + at) * derivative<act>(O::load_wide(saved + at)));
+    }
+  }
+}
+
+template <class T, Act act>
+void backward(const void* grad_, const void* saved_, void* out_, std::int64_t n, double slope) {
+  constexpr int N = Ops<T>::N;
+  const T* grad = (const T*)grad_;
+  const T* saved = (const T*)saved_;
+  T* out = (T*)out_;
+  std::int64_t i = 0;
+  for (; i + N <= n; i += N) gradient<T, act>(grad + i, saved + i, out + i, slope);
+  if (i == n) return;
+  T g[N] = {}, s[N] = {}, o[N];
+  const std::size_t rest = (std::size_t)(n - i) * sizeof(T);
+  __builtin_memcpy(g, grad + i, rest);
+  __builtin_memcpy(s, saved + i, rest);
+  gradient<T, act>(g, s, o, slope);
+  __builtin_memcpy(out + i, o, rest);
+}
+
+template <class T, Act act>
+DEMP_INLINE void bits_block(const T* grad, std::uint64_t word, T* out, double slope) {
+  typedef Ops<T> O;
+  for (int i = 0; i < kBlockBits; i += O::N) {
+    masked_gradient<T, act>(grad + i, from_bits<O>(word >> i), out + i, slope);
+  }
+}
+
+template <class T, Act act>
+void backward_bits(const void* grad_, const std::uint8_t* bits, void* out_, std::int64_t n, double slope) {
+  const T* grad = (const T*)grad_;
+  T* out = (T*)out_;
+  std::int64_t i = 0;
+  for (; i + kBlockBits <= n; i += kBlockBits) bits_block<T, act>(grad + i, word_at(bits, i / kBlockBits), out + i, slope);
+  if (i == n) return;
+  T g[kBlockBits] = {}, o[kBlockBits];
+  std::uint64_t word = 0;
+  const std::size_t rest = (std::size_t)(n - i);
+  __builtin_memcpy(g, grad + i, rest * sizeof(T));
+  __builtin_memcpy(&word, bits + i / 8, (rest + 7) / 8);
+  bits_block<T, act>(g, word, o, slope);
+  __builtin_memcpy(out + i, o, rest * sizeof(T));
+}
+
+void stage_noise_planes(float* out, std::int64_t begin, std::int64_t end, std::int64_t channels, std::int64_t inner,
+                        std::uint64_t seed, void* stage) {
+  noise_planes(out, begin, end, channels, inner, seed, *(Stage*)stage);
+}
+
+void stage_noise_rows(float* out, std::int64_t begin, std::int64_t end, std::int64_t columns, std::uint64_t seed,
+                      void* stage) {
+  noise_rows(out, begin, end, columns, nullptr, 0, seed, *(Stage*)stage);
+}
+
+// clang-format off
+#define DEMP_EACH_ACT(f, T) \
+  {f<T, Act::relu>, f<T, Act::leaky_relu>, f<T, Act::gelu>, f<T, Act::gelu_tanh>, f<T, Act::silu>}
+#define DEMP_EACH_TYPE_AND_ACT(f) \
+  {DEMP_EACH_ACT(f, float), DEMP_EACH_ACT(f, double), DEMP_EACH_ACT(f, bfloat16), DEMP_EACH_ACT(f, float16)}
+#define DEMP_EACH_TYPE(f) {f<float>, f<double>, f<bfloat16>, f<float16>}
+#define DEMP_TWO_ACTS(f, T) {f<T, Act::relu>, f<T, Act::leaky_relu>}
+
+constexpr ActivationTable kActivationTable = {
+    {L, L / 2, 2 * L, 2 * L},
+    DEMP_EACH_TYPE_AND_ACT(flat),
+    DEMP_EACH_TYPE_AND_ACT(noisy),
+    DEMP_EACH_TYPE_AND_ACT(rows),
+    DEMP_EACH_TYPE(count_rows),
+    DEMP_EACH_TYPE(finish_rows),
+    count_planes,
+    DEMP_EACH_TYPE_AND_ACT(backward),
+    {DEMP_TWO_ACTS(backward_bits, float), DEMP_TWO_ACTS(backward_bits, double),
+     DEMP_TWO_ACTS(backward_bits, bfloat16), DEMP_TWO_ACTS(backward_bits, float16)},
+    (std::int64_t)sizeof(Stage),
+    4 * L,
+    stage_noise_planes,
+    stage_noise_rows,
+};
+#undef DEMP_EACH_ACT
+#undef DEMP_EACH_TYPE_AND_ACT
+#undef DEMP_EACH_TYPE
+#undef DEMP_TWO_ACTS
+// clang-format on
+
+}  // namespace
+}  // namespace DEMP_ISA
+}  // namespace demp
