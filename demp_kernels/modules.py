@@ -6,6 +6,8 @@ modules are their plain PyTorch counterparts: nothing is counted and no noise is
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,9 +24,10 @@ class DemPActivation(nn.Module):
         noise_std: standard deviation of the noise on active elements, >= 0; training mode only.
         channel_dim: the dimension of the input that holds the units (1 for images, -1 for token sequences).
 
-    The counter is a non-persistent buffer: it moves with the module between devices but never enters the
-    `state_dict`, so a checkpoint of the plain model loads into this one and back. It is created at the first
-    forward in training mode, when the number of channels is known (or by `allocate`).
+    The counters move with the module between devices but are no buffers: they never enter the `state_dict`, so a
+    checkpoint of the plain model loads into this one and back, and DistributedDataParallel does not overwrite them with
+    those of rank 0 before every forward. They are created at the first forward in training mode, when the number of
+    channels is known (or by `allocate`).
     """
 
     active: Tensor | None
@@ -40,8 +43,13 @@ class DemPActivation(nn.Module):
             raise ValueError(f"{type(self).__name__}: noise_std must be >= 0, got {noise_std}")
         self.noise_std = float(noise_std)
         self.channel_dim = int(channel_dim)
-        self.register_buffer("active", None, persistent=False)
-        self.register_buffer("seen", None, persistent=False)
+        self.active = self.seen = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DemPActivation:
+        super()._apply(fn, recurse)
+        if self.active is not None:
+            self.active, self.seen = fn(self.active), fn(self.seen)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
