@@ -41,6 +41,7 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-err
 LINK_FLAGS = ["-Wl,-z,defs", "-Wl,--as-needed"]
 TORCH_FLAGS = [f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET_VERSION}"]
 RECORD = "_build_record.json"
+HOST_FILE = "_host" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
 def cpu_library(torch: toolchain.Torch) -> native.Library:
@@ -95,7 +96,7 @@ def host_library(torch: toolchain.Torch | None) -> native.Library:
     flags = " ".join([*CXX_FLAGS, *_flags("CXXFLAGS")])
     return native.Library(
         name="_host",
-        filename="_host" + sysconfig.get_config_var("EXT_SUFFIX"),
+        filename=HOST_FILE,
         sources=[ROOT / "csrc" / "module.cpp", ROOT / "csrc" / "host.cpp"],
         compile=[
             *(*cxx, *CXX_FLAGS, f'-DDEMP_COMPILE_FLAGS="{flags}"', f"-I{ROOT / 'csrc'}"),
@@ -111,6 +112,9 @@ def _flags(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
 
+LIBRARIES = {"_C": cpu_library, "_C_cuda": cuda_library, "_host": host_library}
+
+
 def build_all(scratch: Path) -> tuple[dict[str, Path], dict[str, object]]:
     """Build what can be built: the files by library, and the record of it."""
     try:
@@ -119,18 +123,22 @@ def build_all(scratch: Path) -> tuple[dict[str, Path], dict[str, object]]:
         torch, no_torch = None, str(reason)
     scratch = scratch / f"{sys.implementation.cache_tag}-torch{torch.version if torch else 'none'}"
     scratch.mkdir(parents=True, exist_ok=True)
-    files: dict[str, Path] = {}
-    libraries: dict[str, dict[str, object]] = {}
+    plans: list[native.Library] = []
+    outcomes: dict[str, Path | Unavailable] = {}
+    for name, plan in LIBRARIES.items():
+        try:
+            if torch is None and name != "_host":
+                raise Unavailable(no_torch)
+            plans.append(plan(torch))
+        except Unavailable as reason:
+            outcomes[name] = reason
     with open(scratch / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two installs of one source tree take turns
-        for name, plan in (("_C", cpu_library), ("_C_cuda", cuda_library), ("_host", host_library)):
-            try:
-                if torch is None and name != "_host":
-                    raise Unavailable(no_torch)
-                files[name] = native.build(plan(torch), ROOT, scratch)
-                libraries[name] = {"built": True, "reason": ""}
-            except Unavailable as reason:
-                libraries[name] = {"built": False, "reason": str(reason)}
+        outcomes |= native.build(plans, ROOT, scratch)
+    files = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Path)}
+    libraries = {
+        name: {"built": name in files, "reason": "" if name in files else str(outcomes[name])} for name in LIBRARIES
+    }
     cxx = toolchain.find_cxx()
     record: dict[str, object] = {
         "python": platform.python_version(),
@@ -174,9 +182,8 @@ class BuildLibraries(build_ext):
         package = (ROOT if self.inplace else Path(self.build_lib)) / "demp_kernels"
         package.mkdir(parents=True, exist_ok=True)
         # A library of an earlier build would be loaded with kernels that no longer fit the Python code.
-        for stale in [package / "_C.so", package / "_C_cuda.so", *package.glob("_host.*.so")]:
-            if stale.name not in {path.name for path in files.values()}:
-                stale.unlink(missing_ok=True)
+        for name in {"_C.so", "_C_cuda.so", HOST_FILE} - {path.name for path in files.values()}:
+            (package / name).unlink(missing_ok=True)
         self._written = [package / RECORD]
         self._written[0].write_text(json.dumps(record, indent=2) + "\n")
         for path in files.values():

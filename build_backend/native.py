@@ -30,19 +30,35 @@ class Library:
     link_after: list[str] = field(default_factory=list)  # libraries, which must follow the objects
 
 
-def build(library: Library, root: Path, scratch: Path) -> Path:
-    """Build `library` under `scratch` and return the file. Raises Unavailable with the compiler's words."""
-    folder = scratch / library.name
-    folder.mkdir(parents=True, exist_ok=True)
+def build(libraries: list[Library], root: Path, scratch: Path) -> dict[str, Path | Unavailable]:
+    """Build the libraries under `scratch`: for each name its file, or the compiler's words on why there is none.
+
+    All sources share one pool of compiler processes, so that no core waits for the last source of a library.
+    """
+    results: dict[str, Path | Unavailable] = {}
     with ThreadPoolExecutor(max_workers=_jobs()) as pool:
-        objects = list(pool.map(lambda source: _compile(library, source, root, folder), library.sources))
-    output = folder / library.filename
+        pending = []
+        for library in libraries:
+            (scratch / library.name).mkdir(parents=True, exist_ok=True)
+            pending.append([pool.submit(_compile, library, source, root, scratch) for source in library.sources])
+        for library, compilations in zip(libraries, pending):
+            failures = [str(done.exception()) for done in compilations if isinstance(done.exception(), Unavailable)]
+            try:
+                if failures:
+                    raise Unavailable("\n".join(failures))
+                results[library.name] = _link(library, [done.result() for done in compilations], scratch)
+            except Unavailable as reason:
+                results[library.name] = reason
+    return results
+
+
+def _link(library: Library, objects: list[Path], scratch: Path) -> Path:
+    output = scratch / library.name / library.filename
     command = [*library.link, "-shared", "-o", str(output), *map(str, objects), *library.link_after]
-    if _is_current(output, command, objects):
-        return output
-    started_ns = time.time_ns()
-    _run(command, f"linking {library.filename}")
-    _remember(output, command, started_ns)
+    if not _is_current(output, command, objects):
+        started_ns = time.time_ns()
+        _run(command, f"linking {library.filename}")
+        _remember(output, command, started_ns)
     return output
 
 
@@ -51,8 +67,8 @@ def _jobs() -> int:
     return int(asked) if asked.isdigit() and int(asked) > 0 else len(os.sched_getaffinity(0))
 
 
-def _compile(library: Library, source: Path, root: Path, folder: Path) -> Path:
-    target = folder / (str(source.relative_to(root)).replace(os.sep, "__") + ".o")
+def _compile(library: Library, source: Path, root: Path, scratch: Path) -> Path:
+    target = scratch / library.name / (str(source.relative_to(root)).replace(os.sep, "__") + ".o")
     depfile = target.with_suffix(".d")
     command = [*library.compile, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]
     if not _is_current(target, command, _dependencies(depfile, source)):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ def read(package: Path = PACKAGE) -> dict[str, Any]:
 
 
 def library_file(name: str, package: Path = PACKAGE) -> Path | None:
-    """The shared library `name` of this installation, or None. `_host` carries the Python version in its name."""
-    files = sorted(package.glob(f"{name}.*so"))
-    return files[0] if files else None
+    """The shared library `name` of this installation, or None. Only `_host` carries the Python version in its name."""
+    suffixes = EXTENSION_SUFFIXES if name == "_host" else [".so"]
+    return next((package / (name + suffix) for suffix in suffixes if (package / (name + suffix)).is_file()), None)
 
 
 def missing_reason(name: str, package: Path = PACKAGE) -> str:
