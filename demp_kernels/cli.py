@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .bench import command as bench_command
 from .build_info import build_info
 from .recipes import train_command
 from .recipes.errors import RecipeError
@@ -23,9 +24,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns its exit code: 0, 2 for a request that cannot be met (one line says why), 130 after Ctrl-C."""
-    parser = _parser()
-    chosen = parser.parse_args(arguments)
+    chosen, unknown = _parser().parse_known_args(arguments)
     try:
+        if unknown:
+            raise RecipeError(f"unrecognized arguments: {' '.join(unknown)}")
         return chosen.run(chosen) or 0
     except RecipeError as error:
         print(f"demp {chosen.command}: error: {error}", file=sys.stderr)
@@ -39,6 +41,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"demp_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=Parser)
     train_command.add_parser(commands)
+    bench_command.add_parser(commands)
     info = commands.add_parser("info", help="which kernels were built and are usable here, and why not")
     info.set_defaults(run=lambda chosen: print(build_info()))
     return parser

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compaction import CompactionError
+from ..graph import PrepareError
 from ..training import save_checkpoint
 from .data import ImageData, load_data
 from .errors import RecipeError
@@ -87,14 +89,17 @@ class Training:
 
         began = time.perf_counter()
         example = torch.zeros(2, data.channels, data.image_size, data.image_size, device=self.device)
-        self.model = method.prepare(model, example.contiguous(memory_format=self.layout))
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, settings.lr, total_steps=total_steps + 1, cycle_momentum=False
-        )
-        method.attach(self.model, self.optimizer, Plan(settings, total_steps, steps_per_epoch, self._scan_batches))
+        try:
+            self.model = method.prepare(model, example.contiguous(memory_format=self.layout))
+            self.optimizer = torch.optim.AdamW(
+                self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+            )
+            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+                self.optimizer, settings.lr, total_steps=total_steps + 1, cycle_momentum=False
+            )
+            method.attach(self.model, self.optimizer, Plan(settings, total_steps, steps_per_epoch, self._scan_batches))
+        except (PrepareError, CompactionError, ValueError) as error:
+            raise RecipeError(f"{settings.model} cannot be trained with {method.name}: {' '.join(str(error).split())}") from error
         self.result.setup_seconds = time.perf_counter() - began
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from ..graph import prepare
 from ..training import DemP
+from ..training.penalty import penalised_parameters
 from .settings import TrainSettings
 
-__all__ = ["Dense", "Demon", "Method"]
+__all__ = ["Demon", "Dense", "Method", "Plan"]
 
 
 class Method(Protocol):
@@ -96,6 +97,7 @@ class Demon:
             prune_every=settings.prune_every or plan.steps_per_epoch,
             criterion=settings.criterion,
             scan_batches=plan.scan_batches if settings.criterion == "scan" else None,
+            penalty_on=settings.penalty_on or _penalised(model),
             round_to=settings.round_to,
             seed=settings.seed,
         )
@@ -112,3 +114,12 @@ class Demon:
 
     def state(self) -> dict[str, float]:
         return {"penalty_weight": self.controller.penalty_weight, "noise_std": self.controller.noise_std}
+
+
+def _penalised(model: nn.Module) -> str:
+    """The scales of normalisation layers; networks without any need the weights."""
+    try:
+        penalised_parameters(model, "scales")
+    except ValueError:
+        return "weights"
+    return "scales"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..training.penalty import PENALTY_TARGETS
 from .data import DATA
 from .errors import RecipeError
 from .models import MODELS
@@ -36,6 +37,7 @@ class TrainSettings:
     peak_noise: float = 5e-5
     prune_every: int | None = None
     criterion: str = "window"
+    penalty_on: str | None = None
     round_to: int = 1
     device: str = "auto"
     seed: int = 0
@@ -74,6 +76,8 @@ class TrainSettings:
             raise RecipeError(f"lr must be above 0 and finite, got {self.lr}")
         if self.criterion not in CRITERIA:
             raise RecipeError(f"criterion must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
+        if self.penalty_on is not None and self.penalty_on not in PENALTY_TARGETS:
+            raise RecipeError(f"penalty-on must be one of {', '.join(PENALTY_TARGETS)}, got {self.penalty_on!r}")
         if self.amp is not None and self.amp not in AMP:
             raise RecipeError(f"amp must be one of {', '.join(AMP)}, got {self.amp!r}")
         if self.amp == "fp16" and not self.device.startswith("cuda"):

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..training.penalty import PENALTY_TARGETS
 from .data import DATA
 from .models import MODELS
 from .settings import AMP, CRITERIA, DEFAULTS, TrainSettings
@@ -41,6 +42,7 @@ def add_parser(commands: Any) -> None:
 
     demp = parser.add_argument_group("DemP")
     demp.add_argument("--peak-penalty", type=float, metavar="X", help="peak weight of the L1 penalty on the normalisation scales: more removes more")
+    demp.add_argument("--penalty-on", choices=PENALTY_TARGETS, help="what is penalised (default: scales, or weights in a network without normalisation)")
     demp.add_argument("--peak-noise", type=float, metavar="X", help="peak standard deviation of the weight noise (default: 5e-5)")
     demp.add_argument("--prune-every", type=int, metavar="STEPS", help="look for dead units this often (default: once an epoch)")
     demp.add_argument("--criterion", choices=CRITERIA, help="dead is: never active in the training steps since the last look (window, the default), or in a scan of 1,536 training images (scan)")
