@@ -98,10 +98,20 @@ inline int type_index(ScalarType type) {
   }
 }
 
-inline void check_seed(const char* op, const Tensor& seed) {
-  if (seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 1 && seed.is_cpu()) return;
-  fail(op, ": seed must be int64 of shape (1,) on cpu, got ", dtype_name(seed.scalar_type()), " of shape ",
-       tuple_text(seed.sizes()), " on ", seed.is_cpu() ? "cpu" : "another device");
+// Torch's name of a tensor's device.
+inline std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+inline void check_seed(const char* op, const Tensor& seed, const Tensor& like) {
+  if (seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 1 && same_device(seed, like)) return;
+  fail(op, ": seed must be int64 of shape (1,) on ", device_text(like), ", got ", dtype_name(seed.scalar_type()),
+       " of shape ", tuple_text(seed.sizes()), " on ", device_text(seed));
 }
 
 }  // namespace demp

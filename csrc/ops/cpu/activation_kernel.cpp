@@ -11,7 +11,6 @@
 #include <math.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -24,7 +23,7 @@
 #include <immintrin.h>
 #endif
 
-#include "common/checks.h"
+#include "common/activation_arguments.h"
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "ops/cpu/isa/activation_table.h"
@@ -46,61 +45,15 @@ const ActivationTable& table() {
   return portable::kActivationTable;
 }
 
-// ---- checks ---------------------------------------------------------------------------------------------------
-
-int check_activation(const std::string& activation) {
-  static const char* const names[kActs] = {"relu", "leaky_relu", "gelu", "gelu_tanh", "silu"};
-  for (int i = 0; i < kActs; ++i) {
-    if (activation == names[i]) return i;
-  }
-  fail("activation: activation must be one of relu, leaky_relu, gelu, gelu_tanh, silu, got ", activation);
-}
-
-bool is_piecewise_linear(int act) { return act == int(Act::relu) || act == int(Act::leaky_relu); }
-
-struct Forward {
-  int act, type;
-  std::int64_t outer, channels, inner;  // memory order is (outer, channels, inner)
+struct Forward : ActivationView {
   Parameters parameters;
   std::uint64_t seed;
-  bool noisy;
 };
 
-Forward check_forward(const Tensor& x, const std::string& activation, double slope, std::int64_t channel_dim,
-                      double noise_std, const std::optional<Tensor>& seed) {
-  Forward f{};
-  f.act = check_activation(activation);
-  f.type = type_index(x.scalar_type());
-  if (f.type < 0) {
-    fail("activation: x must be float32, bfloat16, float16 or float64, got ", dtype_name(x.scalar_type()));
-  }
-  const std::int64_t dims = x.dim();
-  if (dims < 2) fail("activation: x must have a channel dimension, got shape ", tuple_text(x.sizes()));
-  if (channel_dim < -dims || channel_dim >= dims) {
-    fail("activation: channel_dim must be between ", -dims, " and ", dims - 1, " for x of shape ",
-         tuple_text(x.sizes()), ", got ", channel_dim);
-  }
-  if (channel_dim < 0) channel_dim += dims;
-  const bool contiguous = x.is_contiguous();
-  if (!contiguous && !(channel_dim == 1 && is_channels_last(x))) {
-    fail("activation: x must be contiguous, or channels_last with channel_dim 1, got strides ",
-         tuple_text(x.strides()));
-  }
-  if (!(noise_std >= 0 && std::isfinite(noise_std))) {
-    fail("activation: noise_std must be finite and >= 0, got ", number_text(noise_std));
-  }
-  f.noisy = noise_std > 0;
-  if (f.noisy) {
-    if (!seed) fail("activation: seed is needed when noise_std > 0, got None");
-    check_seed("activation", *seed);
-    f.seed = std::uint64_t(*seed->const_data_ptr<std::int64_t>());
-  }
-  f.parameters = {slope, noise_std};
-  f.channels = x.size(channel_dim);
-  f.outer = f.inner = 1;
-  for (std::int64_t d = 0; d < dims; ++d) {
-    if (d != channel_dim) (d < channel_dim || !contiguous ? f.outer : f.inner) *= x.size(d);
-  }
+Forward read_forward(const Tensor& x, const std::string& activation, double slope, std::int64_t channel_dim,
+                     double noise_std, const std::optional<Tensor>& seed) {
+  Forward f{check_activation_forward(x, activation, channel_dim, noise_std, seed), {slope, noise_std}, 0};
+  if (f.noisy) f.seed = std::uint64_t(*seed->const_data_ptr<std::int64_t>());
   return f;
 }
 
@@ -209,7 +162,7 @@ void forward_rows(const Forward& f, const void* x, void* y, int size, std::int64
 // Fills y, which may be x; returns active and mask.
 std::tuple<Tensor, Tensor> run_forward(const Forward& f, const Tensor& x, const Tensor& y) {
   const std::int64_t n = x.numel();
-  const bool with_mask = f.noisy && is_piecewise_linear(f.act);
+  const bool with_mask = f.with_mask();
   Tensor active = torch::stable::new_empty(x, {f.channels}, ScalarType::Long);
   Tensor mask = torch::stable::new_empty(x, {with_mask ? (n + 7) / 8 : 0}, ScalarType::Byte);
   std::int64_t* counts = active.mutable_data_ptr<std::int64_t>();
@@ -226,7 +179,7 @@ std::tuple<Tensor, Tensor> run_forward(const Forward& f, const Tensor& x, const 
 std::tuple<Tensor, Tensor, Tensor> activation_forward(const Tensor& x, std::string activation, double slope,
                                                       std::int64_t channel_dim, double noise_std,
                                                       std::optional<Tensor> seed) {
-  const Forward f = check_forward(x, activation, slope, channel_dim, noise_std, seed);
+  const Forward f = read_forward(x, activation, slope, channel_dim, noise_std, seed);
   Tensor y = torch::stable::empty_like(x);
   auto [active, mask] = run_forward(f, x, y);
   return {y, active, mask};
@@ -234,13 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> activation_forward(const Tensor& x, std::stri
 
 std::tuple<Tensor, Tensor> activation_forward_(Tensor x, std::string activation, double slope, std::int64_t channel_dim,
                                                double noise_std, std::optional<Tensor> seed) {
-  const Forward f = check_forward(x, activation, slope, channel_dim, noise_std, seed);
-  if (!is_piecewise_linear(f.act)) {
-    fail("activation: only relu and leaky_relu can be done in place, got ", activation);
-  }
-  if (f.act == int(Act::leaky_relu) && !(slope > 0)) {
-    fail("activation: slope must be > 0 in place, got ", number_text(slope));
-  }
+  const Forward f = read_forward(x, activation, slope, channel_dim, noise_std, seed);
+  check_activation_in_place(f, activation, slope);
   return run_forward(f, x, x);
 }
 
@@ -248,27 +196,10 @@ std::tuple<Tensor, Tensor> activation_forward_(Tensor x, std::string activation,
 
 Tensor activation_backward(const Tensor& grad, const Tensor& saved, const Tensor& mask, std::string activation,
                            double slope) {
-  const int act = check_activation(activation), type = type_index(grad.scalar_type());
-  if (type < 0) {
-    fail("activation: grad must be float32, bfloat16, float16 or float64, got ", dtype_name(grad.scalar_type()));
-  }
-  if (!is_dense(grad)) {
-    fail("activation: grad must be contiguous or channels_last, got strides ", tuple_text(grad.strides()));
-  }
-  if (mask.scalar_type() != ScalarType::Byte) {
-    fail("activation: mask must be uint8, got ", dtype_name(mask.scalar_type()));
-  }
+  const ActivationBackwardView view = check_activation_backward(grad, saved, mask, activation);
+  const int act = view.act, type = view.type;
+  const bool from_bits = view.from_bits;
   const std::int64_t n = grad.numel();
-  const bool from_bits = mask.numel() > 0 && is_piecewise_linear(act);
-  if (from_bits && mask.numel() != (n + 7) / 8) {
-    fail("activation: mask must have ", (n + 7) / 8, " bytes for grad of shape ", tuple_text(grad.sizes()), ", got ",
-         mask.numel());
-  }
-  if (!from_bits && (saved.scalar_type() != grad.scalar_type() || !same_shape(saved, grad) || !same_order(saved, grad))) {
-    fail("activation: saved must be like grad (", dtype_name(grad.scalar_type()), ", shape ", tuple_text(grad.sizes()),
-         ", strides ", tuple_text(grad.strides()), "), got ", dtype_name(saved.scalar_type()), ", shape ",
-         tuple_text(saved.sizes()), ", strides ", tuple_text(saved.strides()));
-  }
   Tensor result = torch::stable::empty_like(grad);
   if (n == 0) return result;
   const ActivationTable& t = table();
