@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/channel_layout.h"
+#include "common/gather_arguments.h"
 
 namespace {
 
@@ -68,22 +69,8 @@ void planes(const Tensor& x, Tensor& y, const Shape& s, const std::int64_t* inde
   });
 }
 
-void check(const Tensor& x, const Tensor& index, const Tensor& inverse, std::int64_t channel_dim) {
-  if (channel_dim < -x.dim() || channel_dim >= x.dim()) {
-    demp::fail("channel_select: channel_dim must be a dimension of x of shape ", demp::tuple_text(x.sizes()), ", got ",
-               channel_dim);
-  }
-  demp::check_index(index, "channel_select: index");
-  demp::check_index(inverse, "channel_select: inverse");
-  const std::int64_t channels = x.size(channel_dim < 0 ? channel_dim + x.dim() : channel_dim);
-  if (inverse.numel() != channels) {
-    demp::fail("channel_select: inverse must have an entry for each of the ", channels, " channels of x, got ",
-               inverse.numel());
-  }
-}
-
 Tensor channel_select(Tensor given, Tensor index, Tensor inverse, std::int64_t channel_dim) {
-  check(given, index, inverse, channel_dim);
+  demp::check_channel_select(given, index, inverse, channel_dim);
   const std::int64_t dim = channel_dim < 0 ? channel_dim + given.dim() : channel_dim;
   const auto format = demp::memory_format(given);
   const bool last = format != torch::headeronly::MemoryFormat::Contiguous && dim == 1;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "common/channel_layout.h"
+#include "common/gather_arguments.h"
 
 namespace {
 
@@ -136,23 +137,6 @@ Runs runs_of(const Tensor& index, std::int64_t size, const char* name, std::size
   return runs;
 }
 
-void check(const std::vector<Tensor>& sources, const std::vector<Index>& rows, const std::vector<Index>& columns) {
-  const std::size_t count = sources.size();
-  if (rows.size() != count) demp::fail("compact: rows must have one entry a source (", count, "), got ", rows.size());
-  if (columns.size() != count) {
-    demp::fail("compact: columns must have one entry a source (", count, "), got ", columns.size());
-  }
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::int64_t needed = columns[i] ? 2 : 1;
-    if (sources[i].dim() < needed) {
-      demp::fail("compact: sources[", i, "] must have at least ", needed, " dimensions, got shape ",
-                 demp::tuple_text(sources[i].sizes()));
-    }
-    if (rows[i]) demp::check_index(*rows[i], "compact: rows[", i, "]");
-    if (columns[i]) demp::check_index(*columns[i], "compact: columns[", i, "]");
-  }
-}
-
 class Gather {
  public:
   Tensor add(const Tensor& given, const Index& rows, const Index& columns, std::size_t number) {
@@ -221,7 +205,7 @@ class Gather {
 };
 
 std::vector<Tensor> compact(std::vector<Tensor> sources, std::vector<Index> rows, std::vector<Index> columns) {
-  check(sources, rows, columns);
+  demp::check_compact(sources, rows, columns);
   Gather gather;
   std::vector<Tensor> targets;
   targets.reserve(sources.size());
