@@ -63,7 +63,7 @@ def noise(positions: int, columns: int, stream: int, seed: Tensor) -> Tensor:
     column = torch.arange(columns, device=device).view(1, -1)
     words = philox((_low(q), _high(q), column, torch.full_like(q, stream)), (_low(seed), _high(seed)))
     words = torch.broadcast_tensors(*words)
-    return torch.stack(box_muller(words), dim=1).reshape(-1, columns)[:positions]
+    return torch.stack(box_muller(words), dim=1).flatten(0, 1)[:positions]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def norm_act_forward(
     mask = x.new_empty(0, dtype=torch.uint8)
     if residual is not None and activation in ("relu", "leaky_relu"):
         mask = _pack_runs(~(z <= 0))
-    return _in_layout_of(x, y), active, mean, var, mask
+    return _in_layout_of(x, y.to(x.dtype)), active, mean, var, mask
 
 
 def norm_act_backward(
@@ -300,10 +300,10 @@ def _unpack_runs(mask: Tensor, like: Tensor) -> Tensor:
 
 def norm_act_runs(x: Tensor) -> tuple[int, int]:
     """Number and length of the stretches of memory with their own bytes in the mask: one a plane where x is contiguous,
-    one in all where the channels are last. Threads that share planes out among them then write no common byte."""
-    if x.is_contiguous():
-        return x.shape[0] * x.shape[1], math.prod(x.shape[2:])
-    return 1, x.numel()
+    one in all where the channels are last (or planes have one element). Threads that share planes out among them then
+    write no common byte."""
+    plane = math.prod(x.shape[2:])
+    return (x.shape[0] * x.shape[1], plane) if plane != 1 and x.is_contiguous() else (1, x.numel())
 
 
 # ---------------------------------------------------------------------------------------------------------------

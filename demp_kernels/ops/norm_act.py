@@ -11,8 +11,8 @@ larger than sqrt(var). Activations, `active` and `xi` are those of `ops.activati
     weight, bias: (C,) in x's dtype or the wide type, or None for 1 and 0. residual: like x, or None.
     y: like x. active: (C,) int64. mean, var: (C,) in the wide type, without a gradient; zeros if x is empty.
     mask: for relu and leaky_relu with a residual: uint8, one bit an element in y's memory order, bit i % 8 of byte i // 8;
-        in a contiguous x each plane begins a new byte: (N * C, ceil(plane / 8)), else (1, ceil(numel / 8)). Otherwise
-        empty.
+        in a contiguous x with planes of more than one element each plane begins a new byte: (N * C, ceil(plane / 8)),
+        else (1, ceil(numel / 8)). Otherwise empty.
     seed: (1,) int64 on x's device, needed if noise_std > 0.
 
 Equivalent to `reference.norm_act_forward`, `reference.norm_act_backward`.

@@ -1,0 +1,257 @@
+// What norm_act does with a tile: a few vectors side by side, down a number of rows. The channel parameters of a tile
+// stay in registers; so do its sums, which are float here and double wherever tiles are added up.
+//
+// A tile of planes lies within one plane, so its lanes have one channel's parameters. A tile of rows lies in the columns of
+// a band (several rows side by side, if channels are few), so every lane has its own.
+
+namespace demp {
+namespace DEMP_ISA {
+namespace {
+
+enum class Kind { relu, leaky_relu, smooth };
+
+template <class T>
+struct Lanes {
+  typedef Ops<T> O;
+  typedef typename O::Wide V;
+  typedef decltype(V{}[0] + 0) S;
+  typedef Ops<S> M;  // masks and counters of wide vectors
+  typedef typename M::Vec I;
+  static constexpr int n = O::wide_lanes;
+  static constexpr int small = n >= 8 ? 1 : 8 / n;  // vectors: their bits are whole bytes
+  // Vectors with means, scales, biases and sums in registers: 32 of them on AVX-512, 16 elsewhere.
+  static constexpr int large = DEMP_ISA_LEVEL == 2 ? 4 : DEMP_ISA_LEVEL == 1 && small == 1 ? 2 : small;
+};
+
+template <class T>
+struct Context {
+  const T *x, *residual, *grad;
+  T *y, *grad_x, *grad_residual;
+  std::uint8_t* mask;
+  const float* noise;
+  std::int64_t noise_at;  // the element that noise[0] belongs to
+  typename Lanes<T>::S slope, noise_std;
+  Act act;
+};
+
+template <class T, int W>
+struct PerChannel {
+  typename Lanes<T>::V mean[W], scale[W], bias[W], slope_back[W], offset_back[W];
+};
+
+template <class T, int W>
+struct Sums {
+  typename Lanes<T>::V a[W] = {}, b[W] = {};
+  typename Lanes<T>::I count[W] = {};
+};
+
+// Where a tile lies: first element, its bits' first byte, rows and how far apart, and, for a tile that is cut off
+// at the right, how many elements of it there are.
+struct Place {
+  std::int64_t at, byte, rows, stride, elements;
+};
+
+// Lanes below n; zero in the others.
+DEMP_INLINE F first_lanes(F v, std::int64_t n) {
+  I32 index;
+  for (int i = 0; i < L; ++i) index[i] = i;
+  return (F)((I32)v & (I32)(index < (std::int32_t)n));
+}
+DEMP_INLINE D first_lanes(D v, std::int64_t n) {
+  I64 index;
+  for (int i = 0; i < L / 2; ++i) index[i] = i;
+  return (D)((I64)v & (I64)(index < n));
+}
+
+// The first n elements at p; zero in the other lanes. n <= 0 reads nothing.
+template <bool cut, class T>
+DEMP_INLINE typename Lanes<T>::V load(const T* p, std::int64_t n) {
+  constexpr int lanes = Lanes<T>::n;
+  if (!cut || n >= lanes) return Ops<T>::load_wide(p);
+  T in[lanes] = {};
+  for (int i = 0; i < lanes - 1; ++i) {
+    if (i < n) in[i] = p[i];
+  }
+  return Ops<T>::load_wide(in);
+}
+
+template <bool cut, class T>
+DEMP_INLINE void store(T* p, typename Lanes<T>::V v, std::int64_t n) {
+  constexpr int lanes = Lanes<T>::n;
+  if (!cut || n >= lanes) {
+    Ops<T>::store_wide(p, v);
+    return;
+  }
+  T out[lanes];
+  Ops<T>::store_wide(out, v);
+  for (int i = 0; i < lanes - 1; ++i) {
+    if (i < n) p[i] = out[i];
+  }
+}
+
+template <Kind kind, class T>
+DEMP_INLINE typename Lanes<T>::V value(const Context<T>& c, typename Lanes<T>::V z, typename Lanes<T>::M::Mask live) {
+  typedef typename Lanes<T>::I I;
+  typedef typename Lanes<T>::V V;
+  typedef typename Lanes<T>::M M;
+  if constexpr (kind == Kind::relu) return (V)M::keep(live, (I)z);
+  if constexpr (kind == Kind::leaky_relu) return (V)M::choose(live, (I)z, (I)(z * c.slope));
+  if (c.act == Act::gelu) return activate<Act::gelu>(z, z);
+  if (c.act == Act::gelu_tanh) return activate<Act::gelu_tanh>(z, z);
+  return activate<Act::silu>(z, z);
+}
+
+template <class T>
+DEMP_INLINE typename Lanes<T>::V smooth_slope(const Context<T>& c, typename Lanes<T>::V z) {
+  if (c.act == Act::gelu) return derivative<Act::gelu>(z);
+  if (c.act == Act::gelu_tanh) return derivative<Act::gelu_tanh>(z);
+  return derivative<Act::silu>(z);
+}
+
+DEMP_INLINE void noise_lanes(const float* p, F& v) { v = load_bytes<F>(p); }
+DEMP_INLINE void noise_lanes(const float* p, D& v) { v = __builtin_convertvector(load_bytes<HalfF>(p), D); }
+
+// a: sum of x - mean, b: of (x - mean)^2; `mean` is a guess.
+template <class T_>
+struct StatisticsTile {
+  typedef T_ T;
+  static constexpr bool sums = true, counts = false;
+
+  template <bool cut, int W>
+  DEMP_INLINE void run(const Context<T>& c, Place place, const PerChannel<T, W>& p, Sums<T, W>& s) {
+    constexpr int n = Lanes<T>::n;
+    for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
+      for (int w = 0; w < W; ++w) {
+        const std::int64_t left = place.elements - w * n;
+        typename Lanes<T>::V d = load<cut>(c.x + place.at + w * n, left) - p.mean[w];
+        if (cut) d = first_lanes(d, left);
+        s.a[w] += d;
+        s.b[w] += d * d;
+      }
+    }
+  }
+};
+
+// y, the active elements and, with a residual before relu or leaky_relu, their bits.
+template <class T_, Kind kind, bool added, bool noisy>
+struct ForwardTile {
+  typedef T_ T;
+  static constexpr bool sums = false, counts = true;
+
+  template <bool cut, int W>
+  DEMP_INLINE void run(const Context<T>& c, Place place, const PerChannel<T, W>& p, Sums<T, W>& s) {
+    typedef typename Lanes<T>::V V;
+    typedef typename Lanes<T>::I I;
+    typedef typename Lanes<T>::M M;
+    constexpr int n = Lanes<T>::n;
+    for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride, place.byte += place.stride / 8) {
+      std::uint64_t bits = 0;
+      for (int w = 0; w < W; ++w) {
+        const std::int64_t left = place.elements - w * n, at = place.at + w * n;
+        V z = (load<cut>(c.x + at, left) - p.mean[w]) * p.scale[w] + p.bias[w];
+        if (added) z += load<cut>(c.residual + at, left);
+        if (cut) z = first_lanes(z, left);
+        const typename M::Mask live = M::active((I)z);
+        s.count[w] = M::add(s.count[w], live);
+        V y = value<kind>(c, z, live);
+        if (noisy) {
+          V xi;
+          noise_lanes(c.noise + (at - c.noise_at), xi);
+          y += (V)M::keep(live, (I)(xi * c.noise_std));
+        }
+        if (added && kind != Kind::smooth) bits |= to_bits<M>(live) << (w * n);
+        store<cut>(c.y + at, y, left);
+      }
+      if (added && kind != Kind::smooth) {
+        __builtin_memcpy(c.mask + place.byte, &bits, cut ? std::size_t(place.elements + 7) / 8 : std::size_t(W * n / 8));
+      }
+    }
+  }
+};
+
+// dz = grad * act'(z): z again from x, or its sign from the bits. `centred` is x - mean.
+template <Kind kind, bool from_mask, bool added, bool cut, int W, class T>
+DEMP_INLINE typename Lanes<T>::V activation_gradient(const Context<T>& c, const PerChannel<T, W>& p, int w,
+                                                     std::int64_t at, std::int64_t left, std::uint64_t bits,
+                                                     typename Lanes<T>::V centred) {
+  typedef typename Lanes<T>::V V;
+  typedef typename Lanes<T>::I I;
+  typedef typename Lanes<T>::M M;
+  const V grad = load<cut>(c.grad + at, left);
+  typename M::Mask live;
+  if constexpr (from_mask) {
+    live = from_bits<M>(bits >> (w * Lanes<T>::n));
+  } else {
+    V z = centred * p.scale[w] + p.bias[w];
+    if (added) z += load<cut>(c.residual + at, left);
+    if constexpr (kind == Kind::smooth) return grad * smooth_slope(c, z);
+    live = M::active((I)z);
+  }
+  if constexpr (kind == Kind::relu) return (V)M::keep(live, (I)grad);
+  return (V)M::choose(live, (I)grad, (I)(grad * c.slope));
+}
+
+DEMP_INLINE std::uint64_t load_bits(const std::uint8_t* p, std::int64_t bytes) {
+  std::uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (i < bytes) bits |= std::uint64_t(p[i]) << (8 * i);
+  }
+  return bits;
+}
+
+// a: sum of dz, b: of dz * (x - mean). With a residual, dz is its gradient.
+template <class T_, Kind kind, bool added>
+struct GradientSumsTile {
+  typedef T_ T;
+  static constexpr bool sums = true, counts = false, from_mask = added && kind != Kind::smooth;
+
+  template <bool cut, int W>
+  DEMP_INLINE void run(const Context<T>& c, Place place, const PerChannel<T, W>& p, Sums<T, W>& s) {
+    typedef typename Lanes<T>::V V;
+    constexpr int n = Lanes<T>::n;
+    for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride, place.byte += place.stride / 8) {
+      std::uint64_t bits = 0;
+      if (from_mask && !cut) __builtin_memcpy(&bits, c.mask + place.byte, std::size_t(W * n / 8));
+      if (from_mask && cut) bits = load_bits(c.mask + place.byte, (place.elements + 7) / 8);
+      for (int w = 0; w < W; ++w) {
+        const std::int64_t left = place.elements - w * n, at = place.at + w * n;
+        const V centred = load<cut>(c.x + at, left) - p.mean[w];
+        V dz = activation_gradient<kind, from_mask, added, cut, W>(c, p, w, at, left, bits, centred);
+        if (cut) dz = first_lanes(dz, left);
+        if (added) store<cut>(c.grad_residual + at, dz, left);
+        s.a[w] += dz;
+        s.b[w] += dz * centred;
+      }
+    }
+  }
+};
+
+// grad_x, with dz from the residual's gradient if there is one.
+template <class T_, Kind kind, bool added>
+struct GradientInputTile {
+  typedef T_ T;
+  static constexpr bool sums = false, counts = false;
+
+  template <bool cut, int W>
+  DEMP_INLINE void run(const Context<T>& c, Place place, const PerChannel<T, W>& p, Sums<T, W>&) {
+    typedef typename Lanes<T>::V V;
+    constexpr int n = Lanes<T>::n;
+    for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
+      for (int w = 0; w < W; ++w) {
+        const std::int64_t left = place.elements - w * n, at = place.at + w * n;
+        const V centred = load<cut>(c.x + at, left) - p.mean[w];
+        V dz;
+        if constexpr (added) {
+          dz = load<cut>(c.grad_residual + at, left);
+        } else {
+          dz = activation_gradient<kind, false, false, cut, W>(c, p, w, at, left, 0, centred);
+        }
+        store<cut>(c.grad_x + at, dz * p.scale[w] - (centred * p.slope_back[w] + p.offset_back[w]), left);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace DEMP_ISA
+}  // namespace demp
