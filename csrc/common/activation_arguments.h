@@ -92,6 +92,8 @@ inline ActivationBackwardView check_activation_backward(const Tensor& grad, cons
   if (mask.scalar_type() != ScalarType::Byte) {
     fail("activation: mask must be uint8, got ", dtype_name(mask.scalar_type()));
   }
+  check_device("activation", "saved", saved, grad);
+  check_device("activation", "mask", mask, grad);
   const std::int64_t n = grad.numel();
   const bool from_bits = mask.numel() > 0 && is_piecewise_linear(act);
   if (from_bits && mask.numel() != (n + 7) / 8) {

@@ -108,6 +108,10 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  if (!same_device(t, like)) fail(op, ": ", name, " must be on ", device_text(like), ", got ", device_text(t));
+}
+
 inline void check_seed(const char* op, const Tensor& seed, const Tensor& like) {
   if (seed.scalar_type() == ScalarType::Long && seed.dim() == 1 && seed.size(0) == 1 && same_device(seed, like)) return;
   fail(op, ": seed must be int64 of shape (1,) on ", device_text(like), ", got ", dtype_name(seed.scalar_type()),

@@ -100,6 +100,9 @@ def check_backward(grad: Tensor, saved: Tensor, mask: Tensor, activation: str, s
         raise ValueError(f"activation: grad must be contiguous or channels_last, got strides {shape_text(grad.stride())}")
     if mask.dtype != torch.uint8:
         raise ValueError(f"activation: mask must be uint8, got {dtype_name(mask.dtype)}")
+    for name, tensor in (("saved", saved), ("mask", mask)):
+        if tensor.device != grad.device:
+            raise ValueError(f"activation: {name} must be on {grad.device}, got {tensor.device}")
     if mask.numel() > 0 and activation in ("relu", "leaky_relu"):
         if mask.numel() != (grad.numel() + 7) // 8:
             raise ValueError(

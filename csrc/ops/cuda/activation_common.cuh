@@ -58,10 +58,10 @@ constexpr int kGroup = noise == Noise::none ? kPerWord<T> : 8;
 template <Noise noise>
 constexpr int kAtOnce = noise == Noise::single ? 1 : 4;
 
-// Resident blocks that ptxas must leave registers for: 64 a thread without noise, 128 with it. Two blocks have 32 KiB of
+// Resident blocks that ptxas must leave registers for: 80 a thread without noise, 128 with it. Two blocks have 32 KiB of
 // loads in flight on a multiprocessor, more than an H100's bandwidth times its latency asks for (18 KiB).
 template <Noise noise>
-constexpr int kMinBlocks = noise == Noise::none ? 4 : 2;
+constexpr int kMinBlocks = noise == Noise::none ? 3 : 2;
 
 template <typename W>
 struct Scalars {
