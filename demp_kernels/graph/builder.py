@@ -130,6 +130,8 @@ class Builder:
         self._never_zero = {self._uniform_slot}
         self.output_shapes: list[tuple[int, ...]] = []
         """Of the first graph."""
+        self.rows: dict[str, list[int]] = {}
+        """Parameter -> slots whose entries its rows (dim 0) make, one for each use."""
         self.used: set[str] = set()
         """Parameters and buffers that some graph reads."""
 
@@ -155,7 +157,7 @@ class Builder:
             elif node.op == "output":
                 self.output_shapes = self.output_shapes or [_shape(x) for x in node.all_input_nodes if _shape(x)]
                 for source in node.all_input_nodes:
-                    self.pin(self._env_value(source), "it is an output of the model")
+                    self.pin(self._env_value(source), f"{origin(source)} is an output of the model")
             else:
                 self.env[node] = None
 
@@ -220,6 +222,7 @@ class Builder:
         elif len(varying) == 1:
             atoms = self.axis_atoms(parameter, varying[0])
             value = self.source(parameter.shape, along(atoms, varying[0], len(parameter.shape)))
+            self.makes(parameter, value)
         else:
             atoms = self.atoms.fresh(*parameter.shape)
             self.blocks.append((parameter.name, atoms))
@@ -328,6 +331,12 @@ class Builder:
             self.atoms.tie(self.axes[key].atoms, atoms)
         if reason:
             self.atoms.pin(self.axes[key].atoms, reason)
+
+    def makes(self, parameter: Parameter | None, x: Value) -> None:
+        """Row r (dim 0) of a parameter is used for unit r of `x` only."""
+        if parameter is not None:
+            whole = parameter.dims[:1] == (0,) and x.atoms.size == parameter.shape[0]
+            self.rows.setdefault(parameter.name, []).append(x.slot if whole else self._uniform_slot)
 
     def uniform_except(self, x: Value, dim: int) -> Value:
         """x with units along `dim` only; units along other dimensions are tied together."""

@@ -75,13 +75,46 @@ class Flow:
     def contract(self, slot: int) -> None:
         self._sinks.add(slot)
 
-    def close(self, roots: np.ndarray) -> None:
-        """Building is over: replace atoms by their classes."""
+    def close(self, roots: np.ndarray, pinned: np.ndarray, wanted: set[int]) -> None:
+        """Building is over: replace atoms by their classes, and forget slots that nothing can be removed from.
+
+        Args:
+            roots: class of each atom. pinned: (atoms,) bool, classes that always stay.
+            wanted: slots to remember even if all of their entries are pinned.
+        """
         self.atom_of = roots[np.concatenate(self._atoms)] if self._atoms else np.empty(0, np.int64)
         self.contracted = np.zeros(self.atom_of.size, bool)
         for slot in self._sinks:
             self.contracted[self.slots[slot].span] = True
         self._atoms.clear()
+        dropped = {
+            i for i, slot in enumerate(self.slots) if i not in wanted and pinned[self.atom_of[slot.span]].all()
+        }
+        self._drop(dropped)
+
+    def _drop(self, dropped: set[int]) -> None:
+        """Empty some slots whose entries are all pinned. What they are made from is needed where it is not zero, and
+        they are taken never to be zero themselves."""
+        stays = np.ones(self.atom_of.size, bool)
+        for slot in dropped:
+            stays[self.slots[slot].span] = False
+        steps = []
+        for step in self.steps:
+            for link in step.links:
+                if step.slot in dropped:
+                    span = self.slots[link.slot].span
+                    self.contracted[span if link.source is None else span.start + link.source] = True
+                elif link.slot in dropped and step.kind == "sum":
+                    step.kind = "affine"
+            if step.slot not in dropped:
+                step.links = [link for link in step.links if link.slot not in dropped]
+                steps.append(step)
+        self.steps = steps
+        before = np.concatenate([[0], np.cumsum(stays)])
+        self.slots = [
+            Slot(int(before[s.start]), int(before[s.start + s.size] - before[s.start])) for s in self.slots
+        ]
+        self.atom_of, self.contracted = self.atom_of[stays], self.contracted[stays]
 
     def atoms(self, slot: int) -> np.ndarray:
         return self.atom_of[self.slots[slot].span]
@@ -127,7 +160,7 @@ class Flow:
         kept[:, pinned] = True
         while True:
             before = kept.sum()
-            need = self._needed(live, kept[:, self.atom_of])
+            need = self.needed(live, kept[:, self.atom_of])
             scenario, entry = np.nonzero(need)
             kept[scenario, self.atom_of[entry]] = True
             if kept.sum() > before:
@@ -137,7 +170,7 @@ class Flow:
                 return kept
             kept[0, extra] = True
 
-    def _needed(self, live: np.ndarray, forced: np.ndarray) -> np.ndarray:
+    def needed(self, live: np.ndarray, forced: np.ndarray) -> np.ndarray:
         """(scenarios, entries) bool: entries whose value matters, given those that must be right anyway."""
         need = forced | (live & self.contracted)
         for step in reversed(self.steps):

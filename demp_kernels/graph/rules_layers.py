@@ -64,6 +64,8 @@ def _new_units(
     out = b.fresh(shape, dim, f"{origin(node)} keeps one output")
     b.align(weight, weight_dim, out.axis(dim))
     b.align(bias, 0, out.axis(dim))
+    b.makes(weight if weight_dim == 0 else None, out)
+    b.makes(bias, out)
     b.attribute(path, attribute, out.axis(dim))
     return out
 
@@ -97,9 +99,11 @@ def _grouped(
     entries = np.arange(x.shape[1]).reshape(groups, inputs)
     source = np.repeat(entries, outputs, axis=0).ravel()
     target = np.repeat(np.arange(shape[1]), inputs)
-    return b.derive(
-        shape, along(atoms, 1, len(shape)), "sum" if bias is None else "affine", [Link(x.slot, source, target)]
-    )
+    kind = "sum" if bias is None else "affine"
+    out = b.derive(shape, along(atoms, 1, len(shape)), kind, [Link(x.slot, source, target)])
+    b.makes(weight, out)
+    b.makes(bias, out)
+    return out
 
 
 @rule("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input")
@@ -219,7 +223,10 @@ def _channel_norm(b: Builder, node: fx.Node, nodes: list) -> Value:
     for parameter in parameters:
         b.align(parameter, 0, x.axis(1))
     b.attribute(b.owner(node)[0], "num_features", x.axis(1))
-    return b.affine(x)
+    out = b.affine(x)
+    for parameter in parameters:
+        b.makes(parameter, out)
+    return out
 
 
 @rule("layer_norm.default")

@@ -55,11 +55,14 @@ def prelu(b: Builder, node: fx.Node) -> Value:
     x, weight = b.value(node.args[0]), b.parameter(node.args[1])
     if x is None or weight is None:
         return NotImplemented
-    if weight.shape != (1,) and len(x.shape) > 1:
-        x = b.uniform_except(x, 1)
-        b.align(weight, 0, x.axis(1))
-        b.attribute(b.owner(node)[0], "num_parameters", x.axis(1))
-    return activation(b, node, x)
+    if weight.shape == (1,) or len(x.shape) < 2:
+        return activation(b, node, x)
+    x = b.uniform_except(x, 1)
+    b.align(weight, 0, x.axis(1))
+    b.attribute(b.owner(node)[0], "num_parameters", x.axis(1))
+    out = activation(b, node, x)
+    b.makes(weight, out)
+    return out
 
 
 def activation(b: Builder, node: fx.Node, x: Value) -> Value:

@@ -60,15 +60,22 @@ class UnitGraph:
         `name@0`, `name@1`, ...
     total_units: the same at the analysis.
     unit_ids: activation name -> numbers (at the analysis) of the units that it still has.
-    gates: parameter name -> activation whose dead unit r makes row r (dim 0) of the parameter useless.
+    gates: parameter name -> activation whose dead unit r makes row r (dim 0) of the parameter useless: its gradient is
+        zero.
     pinned: activation name -> why none of its units can be removed, for those of which that is so.
     """
 
     def __init__(self, built: Builder, inputs: tuple[Any, ...], untraced: list[str]) -> None:
         roots, reasons = built.atoms.resolve()
         blocks, split = _block_axes(built, roots)
-        built.flow.close(roots)
+        reasons = {**split, **reasons}
+        pinned = np.zeros(built.atoms.count, bool)
+        pinned[[roots[PINNED], *reasons]] = True
+        wanted = {slot for slots in built.rows.values() for slot in slots}
+        wanted |= {a.slot for a in built.activations} | {s for n in built.selections for s in (n.skip, n.out)}
+        built.flow.close(roots, pinned, wanted)
         used = [built.flow.atom_of, *(roots[axis.atoms] for axis in built.axes.values()), roots[[PINNED]]]
+        used += [roots[a] for _, _, a in blocks]
         classes = np.unique(np.concatenate(used))
 
         def number(atoms: np.ndarray) -> np.ndarray:
@@ -77,11 +84,12 @@ class UnitGraph:
         self.flow: Flow = built.flow
         self.flow.atom_of = np.searchsorted(classes, built.flow.atom_of)
         self.classes: int = classes.size
+        self.is_pinned = pinned[classes]
         self.reasons: dict[int, str] = {
-            int(np.searchsorted(classes, root)): text for root, text in {**split, **reasons}.items() if root in classes
+            int(np.searchsorted(classes, root)): text for root, text in reasons.items() if root in classes
         }
-        self.is_pinned = np.zeros(self.classes, bool)
-        self.is_pinned[[int(number(np.array([PINNED]))[0]), *self.reasons]] = True
+        parameters = {name for name, _ in built.model.named_parameters()}
+        self.rows = {name: slots for name, slots in built.rows.items() if name in parameters}
         self.axes: dict[tuple[str, int], np.ndarray] = {
             **{key: number(axis.atoms) for key, axis in built.axes.items()},
             **{(name, dim): number(atoms) for name, dim, atoms in blocks},
