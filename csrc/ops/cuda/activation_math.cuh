@@ -26,42 +26,33 @@ __device__ __forceinline__ W below_zero(Act act, W x, W slope) {
 }
 
 template <typename W>
-__device__ __forceinline__ W sigmoid(W x) {
-  return W(1) / (W(1) + std::exp(-x));
-}
-
-template <typename W>
 __device__ __forceinline__ W normal_cdf(W x) {
   return W(0.5) * std::erfc(x * W(-0.70710678118654752));
 }
 
-constexpr double kTanhScale = 0.79788456080286536;  // sqrt(2 / pi)
-constexpr double kTanhCubic = 0.044715;
-
-// gelu_tanh through the sigmoid: (1 + tanh u) / 2 = sigmoid(2 u).
+// silu and gelu_tanh are both x sigmoid(u), with u = x for silu and (1 + tanh v) / 2 = sigmoid(2 v) for gelu_tanh.
 template <typename W>
-__device__ __forceinline__ W twice_tanh_argument(W x) {
-  return x * (W(2 * kTanhScale) + W(2 * kTanhScale * kTanhCubic) * x * x);
+__device__ __forceinline__ W gate_argument(Act act, W x) {
+  return act == Act::silu ? x : x * (W(2 * 0.79788456080286536) + W(2 * 0.79788456080286536 * 0.044715) * x * x);
+}
+
+template <typename W>
+__device__ __forceinline__ W gate_slope(Act act, W x) {
+  return act == Act::silu ? W(1) : W(2 * 0.79788456080286536) + W(6 * 0.79788456080286536 * 0.044715) * x * x;
 }
 
 template <Kind kind, typename W>
 __device__ __forceinline__ W activate(Act act, W x, W slope) {
   if (kind == Kind::linear) return is_active(x) ? x : below_zero(act, x, slope);
-  if (act == Act::silu) return x / (W(1) + std::exp(-x));
-  if (act == Act::gelu) return x * normal_cdf(x);
-  return x / (W(1) + std::exp(-twice_tanh_argument(x)));
+  return act == Act::gelu ? x * normal_cdf(x) : x / (W(1) + std::exp(-gate_argument(act, x)));
 }
 
 // act'(x) of the smooth activations.
 template <typename W>
 __device__ __forceinline__ W derivative(Act act, W x) {
-  if (act == Act::silu) {
-    const W s = sigmoid(x);
-    return s * (W(1) + x * (W(1) - s));
-  }
   if (act == Act::gelu) return normal_cdf(x) + x * W(0.39894228040143268) * std::exp(W(-0.5) * x * x);
-  const W s = sigmoid(twice_tanh_argument(x));
-  return s + x * s * (W(1) - s) * (W(2 * kTanhScale) + W(6 * kTanhScale * kTanhCubic) * x * x);
+  const W s = W(1) / (W(1) + std::exp(-gate_argument(act, x)));
+  return s + x * s * (W(1) - s) * gate_slope(act, x);
 }
 
 }  // namespace demp
