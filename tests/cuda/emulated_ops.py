@@ -6,12 +6,17 @@ outputs are poisoned first.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from demp_kernels.ops import activation as activation_op
+from demp_kernels.ops import channel_select as channel_select_op
+from demp_kernels.ops import compact as compact_op
+from demp_kernels.ops import weight_noise as weight_noise_op
+from demp_kernels.ops.activation import is_dense, memory_format
 from emulated import EMULATOR, Emulator, build, guarded
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of ElementType
@@ -85,6 +90,73 @@ class EmulatedOps:
             activation_op.ACTIVATIONS.index(activation), TYPES.index(grad.dtype),
         )
         return result
+
+    # ---- lists of tensors ----------------------------------------------------------------------------------------
+
+    def weight_noise_(self, tensors: Sequence[Tensor], live: Sequence[Tensor | None], std: float, seed: Tensor) -> None:
+        weight_noise_op.check(tensors, live, std, seed)
+        seed = guarded(seed)
+        copies = [self._in(t if is_dense(t) else t.contiguous()) for t in tensors]
+        rows = [None if r is None else guarded(r) for r in live]
+        for type_index, dtype in enumerate(TYPES):
+            table = [
+                [t.data_ptr(), _address(r), count, t.numel() // count, _taps(t), 1 + i]
+                for i, (t, r) in enumerate(zip(copies, rows))
+                if t.dtype == dtype and t.numel() and (count := t.shape[0] if t.dim() else 1)
+            ]
+            if table:
+                watched = [seed, *copies, *[r for r in rows if r is not None]]
+                with self.emulator.watching(*watched if self.watch else []):
+                    self.emulator.call("emulated_weight_noise", torch.tensor(table), seed, len(table), float(std), type_index)
+        for t, copy in zip(tensors, copies):
+            t.copy_(copy)
+
+    def compact(self, sources: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]) -> list[Tensor]:
+        compact_op.check(sources, rows, columns)
+        table, targets, watched = [], [], []
+        for given, row, column in zip(sources, rows, columns):
+            last = given.dim() in (4, 5) and not given.is_contiguous() and is_dense(given)
+            source = self._in(given if last else given.contiguous())
+            shape = list(source.shape)
+            for dim, index in ((0, row), (1, column)):
+                if index is not None:
+                    shape[dim] = index.numel()
+            like = torch.empty(shape, dtype=source.dtype)
+            target = self._out(like.contiguous(memory_format=memory_format(source)) if last else like)
+            row, column = (None if index is None else guarded(index) for index in (row, column))
+            inner, size = math.prod(shape[2:]), source.element_size()
+            wide = source.dim() > 1
+            table.append([
+                source.data_ptr(), target.data_ptr(), _address(row), _address(column), source.shape[0], shape[0],
+                inner if last else 1, source.shape[1] if wide else 1, shape[1] if wide else 1, size if last else inner * size,
+            ])
+            targets.append(target)
+            watched += [t for t in (source, target, row, column) if t is not None]
+        with self.emulator.watching(*watched if self.watch else []):
+            self.emulator.call("emulated_gathers", torch.tensor(table), len(table))
+        return targets
+
+    def channel_select(self, x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int) -> Tensor:
+        channel_select_op.check(x, index, inverse, channel_dim)
+        last = channel_dim % x.dim() == 1 and not x.is_contiguous() and is_dense(x)
+        source, index = self._in(x if last else x.contiguous()), guarded(index)
+        outer, channels, inner = canonical(source, channel_dim)
+        shape = list(x.shape)
+        shape[channel_dim] = index.numel()
+        like = torch.empty(shape, dtype=x.dtype)
+        y = self._out(like.contiguous(memory_format=memory_format(source)) if last else like)
+        table = [[source.data_ptr(), y.data_ptr(), 0, index.data_ptr(), outer, outer, 1, channels, index.numel(), inner * x.element_size()]]
+        with self.emulator.watching(*[source, index, y] if self.watch else []):
+            self.emulator.call("emulated_gathers", torch.tensor(table), 1)
+        return y
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _taps(t: Tensor) -> int:
+    return 1 if t.is_contiguous() else math.prod(t.shape[2:])
 
 
 def canonical(x: Tensor, channel_dim: int) -> tuple[int, int, int]:
