@@ -1,0 +1,100 @@
+"""Statistics, turns, peak memory, and what other processes take."""
+from __future__ import annotations
+
+import gc
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from demp_kernels.bench import timing
+from demp_kernels.bench.machine import Machine, OthersMeter, _largest_cache, commit, last_level_cache
+from demp_kernels.bench.timing import Timing, calls_a_block, measure, peak_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 101])
+def test_percentiles_are_numpys(count: int) -> None:
+    samples = [random.Random(count).lognormvariate(0, 1) for _ in range(count)]
+    found = Timing.of(samples)
+    assert (found.p20, found.median, found.p80) == pytest.approx(tuple(np.percentile(samples, [20, 50, 80])))
+    assert found.samples == count
+    assert found.spread >= 1
+
+
+def test_no_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one sample is required, got none"):
+        Timing.of([])
+
+
+def test_alternatives_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def call(name: str, seconds: float):
+        def run() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    monkeypatch.setattr(timing, "ROUNDS", 12)
+    calls = {"a": call("a", 0.002), "b": call("b", 0.002), "slow": call("slow", 0.03)}
+    found = measure(calls, seconds=0.12, device=CPU)
+    assert found["slow"].samples == timing.FEWEST
+    assert found["a"].samples == found["b"].samples > timing.FEWEST
+    assert 0.002 <= found["a"].median < 0.03 <= found["slow"].median
+    turns = order[-sum(t.samples for t in found.values()):]
+    fast = [name for name in turns if name != "slow"]
+    assert fast[::2] == ["a"] * (len(fast) // 2) and fast[1::2] == ["b"] * (len(fast) // 2)
+    places = [place for place, name in enumerate(turns) if name == "slow"]
+    assert max(np.diff(places)) <= 2 * min(np.diff(places)) + 2, "slow calls must be spread evenly"
+
+
+def test_short_calls_are_timed_in_blocks() -> None:
+    assert calls_a_block(lambda: None, CPU) > 50
+    assert calls_a_block(lambda: time.sleep(0.001), CPU) == 1
+
+
+def test_collector_is_off_while_timing_and_on_after() -> None:
+    states: list[bool] = []
+    measure({"a": lambda: states.append(gc.isenabled())}, seconds=0.001, device=CPU)
+    assert states[-1] is False
+    assert gc.isenabled()
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    x = torch.randn(1 << 16)
+    spare = torch.empty_like(x)
+    assert peak_bytes(lambda: spare.copy_(x), CPU) == 0
+    assert peak_bytes(lambda: x.clone(), CPU) == x.nbytes
+    assert peak_bytes(lambda: (x.clone().clone(), None)[1], CPU) == 2 * x.nbytes
+    assert peak_bytes(lambda: [x.clone() for _ in range(3)], CPU) == 3 * x.nbytes
+
+
+def test_others_meter_does_not_count_this_process() -> None:
+    meter = OthersMeter()
+    assert meter.share() is None, "too short to tell"
+    end = time.perf_counter() + 0.2
+    while time.perf_counter() < end:
+        pass
+    share = meter.share()
+    assert share is None or 0 <= share <= 1.05
+
+
+def test_machine_facts() -> None:
+    machine = Machine.here(CPU, tuned=False)
+    assert machine.device == "cpu" and machine.allocator == "default" and machine.machine
+    assert machine.backend in ("native", "reference")
+    assert machine.date.endswith("Z") and len(machine.date) == 20
+    assert machine.cache_bytes == last_level_cache(CPU) > 0
+    assert commit().rstrip("+")
+
+
+def test_cache_size_is_read(tmp_path) -> None:
+    for number, text in enumerate(("32K", "1024K", "36M")):
+        (tmp_path / f"index{number}").mkdir()
+        (tmp_path / f"index{number}" / "size").write_text(f"{text}\n")
+    assert _largest_cache(tmp_path) == 36 * 2**20
+    assert _largest_cache(tmp_path / "nothing") > 0
