@@ -25,6 +25,9 @@ TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the 
 @dataclass
 class EmulatedOps:
     emulator: Emulator
+    device = "cpu"
+    normals = 4e-6  # float32 arithmetic; the device's approximate functions are replaced by exact ones
+    long_list = 600  # longer than one kernel argument holds
     offset: int = 0
     watch: bool = True
 

@@ -60,10 +60,10 @@ void launch(const Arguments& a, cudaStream_t stream) {
 
 }  // namespace activation
 
-// Fills y, active and, with noise, mask. There must be at least one channel.
+// Fills y, active and, with noise, mask.
 inline void launch_activation_forward(const ActivationForward& a, cudaStream_t stream) {
   zero_memory(a.active, sizeof(std::int64_t) * a.channels, stream);
-  if (a.outer * a.inner > 0) activation::launch(a, stream);
+  if (a.outer * a.channels * a.inner > 0) activation::launch(a, stream);
 }
 
 inline void launch_activation_backward(const ActivationBackward& a, cudaStream_t stream) {

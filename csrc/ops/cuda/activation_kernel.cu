@@ -19,7 +19,6 @@ std::tuple<Tensor, Tensor> run_forward(const ActivationView& view, const Tensor&
   const std::int64_t n = x.numel();
   Tensor active = torch::stable::new_empty(x, {view.channels}, ScalarType::Long);
   Tensor mask = torch::stable::new_empty(x, {view.with_mask() ? (n + 7) / 8 : 0}, ScalarType::Byte);
-  if (view.channels == 0) return {active, mask};
   launch_activation_forward({x.const_data_ptr(), y.mutable_data_ptr(), active.mutable_data_ptr<std::int64_t>(),
                              mask.mutable_data_ptr<std::uint8_t>(), view.noisy ? seed->const_data_ptr<std::int64_t>() : nullptr,
                              view.outer, view.channels, view.inner, slope, noise_std, Act(view.act), ElementType(view.type)},

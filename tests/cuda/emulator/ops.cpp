@@ -45,6 +45,13 @@ const char* emulated_activation_backward(const void* grad, const void* saved, co
   });
 }
 
+const char* emulated_philox(std::uint32_t* words, std::int64_t quad, std::int64_t column, std::int64_t stream, std::int64_t seed) {
+  const demp::Words x = demp::philox(static_cast<std::uint64_t>(quad), static_cast<std::uint32_t>(column),
+                                     static_cast<std::uint32_t>(stream), static_cast<std::uint64_t>(seed));
+  std::copy_n(x.w, 4, words);
+  return nullptr;
+}
+
 // A table has a row a tensor; pointers are integers.
 struct WeightRow {
   std::int64_t data, live, rows, columns, taps, stream;
