@@ -1,7 +1,8 @@
 """The machinery behind `demp bench` and `benchmarks/`: what every op costs beside eager PyTorch, torch.compile and a copy.
 
     command       flags of `demp bench`; what is run in which order
-    report        rows -> tables in the terminal, the README's table; goals: what is wanted of them; plots: figures
+    report        sheets in the terminal, as Markdown, in the README; plots: figures
+    sheets        rows -> tables; goals: what is wanted of the rows
     step          a whole training step of a ResNet-18; compaction: the removal of known dead units
     suites        which cases of an op are measured, one file an op, under the op's stem
     runner        cases -> rows, with progress

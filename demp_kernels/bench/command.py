@@ -16,24 +16,24 @@ from ..recipes.errors import RecipeError
 from ..recipes.settings import resolve_device
 from . import compaction, plots
 from .cases import Case, Scope
-from .goals import judge
 from .machine import Machine, last_level_cache
-from .report import LEGEND, goals_table, headline, losses, op_tables, special_tables, update_readme
+from .report import all_sheets, rich_table, update_readme, write_tables
 from .rows import Row, append_rows, latest, read_rows
 from .runner import Budget, ProgressLines, run_case, thread_counts, threads
+from .sheets import LEGEND, headline, losses
 from .step import step_rows
 from .suites import SUITES
 
 __all__ = ["add_parser"]
 
 PROGRAMS = ("step", "compaction", "report")
-ROWS = "rows.csv"
+ROWS, TABLES = "rows.csv", "tables.md"
 STEP_WIDTHS = (16, 32)
 
 DESCRIPTION = """\
 Measures every op beside eager PyTorch, torch.compile and a plain copy of the same bytes, all taking turns in one run, so
-that ratios hold on a machine that is not quiet. Prints tables and the goals; appends rows to OUT/rows.csv; draws figures
-into OUT."""
+that ratios hold on a machine that is not quiet. Prints tables and the goals; appends rows to OUT/rows.csv; writes
+OUT/tables.md and figures from the newest rows of each case."""
 EPILOG = f"""\
 what: {', '.join(SUITES)} (default: all of them);
   step        a training step of a ResNet-18 of widths {', '.join(map(str, STEP_WIDTHS))}, plain and prepared, and DemP's own share of it
@@ -122,10 +122,13 @@ def _run(chosen: argparse.Namespace) -> None:
             append_rows(path, rows)
             shown += rows
     _show(shown, console)
-    drawn = plots.draw_all(read_rows(path), settings.out)
-    console.print(f"rows: {path}; figures: {', '.join(file.name for file in drawn) or 'none'}", highlight=False, soft_wrap=True)
+    there = read_rows(path)
+    write_tables(settings.out / TABLES, latest(there))
+    drawn = plots.draw_all(there, settings.out)
+    names = ", ".join([TABLES, *(file.name for file in drawn)])
+    console.print(f"rows: {path}; made from all of them: {names}", highlight=False, soft_wrap=True)
     if settings.readme is not None:
-        update_readme(settings.readme, read_rows(path))
+        update_readme(settings.readme, there)
 
 
 def _console() -> Console:
@@ -213,13 +216,9 @@ def _show(rows: list[Row], console: Console) -> None:
     if not rows:
         return
     console.print(headline(rows), highlight=False, soft_wrap=True)
-    ops = op_tables(rows, console.width)
-    for table in (*ops, *special_tables(rows)):
-        console.print(table)
-    if ops:
-        console.print(LEGEND, highlight=False)
-        console.print()
-    console.print(goals_table(judge(rows)))
+    for sheet in all_sheets(rows, wide=console.width >= 130):
+        console.print(rich_table(sheet))
+    console.print(LEGEND, highlight=False)
     lost = losses(rows)
     if lost:
         console.print(f"slower than PyTorch in {len(lost)} comparisons:", highlight=False)

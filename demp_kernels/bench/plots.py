@@ -11,8 +11,8 @@ from typing import Any
 
 from ..recipes.errors import need
 from ..recipes.plots import STYLE
-from .report import COMPACTION_NAMES, STEP_NAMES
 from .rows import Group, Row, groups, latest
+from .sheets import COMPACTION_NAMES, STEP_NAMES
 
 __all__ = ["FIGURES", "draw_all"]
 
@@ -45,15 +45,18 @@ def against_copy(rows: Sequence[Row], path: Path) -> bool:
                 y = row + (place - (len(present) - 1) / 2) * height
                 axes.barh(y, 100 * share, height, color=COLOURS[name])
                 text = f"{group.rows[name].gb_per_s:.1f} GB/s" if name == "demp" else ""
-                axes.annotate(text, (100 * share, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.axvline(100, color=COLOURS["copy"], linewidth=1.4)
+                axes.annotate(
+                    text, (100 * share, y), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+                )
+        axes.axvline(100, color=COLOURS["copy"], linewidth=1.4, zorder=1)
         axes.annotate("allocated copy", (100, -0.75), ha="center", va="bottom", fontsize=9, annotation_clip=False)
         axes.set_yticks(range(len(cases)), [_label(group) for group in cases], fontsize=9)
         axes.set_ylim(len(cases) - 0.4, -0.75)
         axes.set_xlim(left=0)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("share of the copy's bandwidth, %")
-        _legend(figure, axes, [name for name in BAR_VARIANTS if any(name in g.rows for g in cases)])
+        _legend(figure, [name for name in BAR_VARIANTS if any(name in g.rows for g in cases)])
     return True
 
 
@@ -91,7 +94,7 @@ def over_sizes(rows: Sequence[Row], path: Path) -> bool:
         for axes in grid[len(panels):]:
             axes.set_visible(False)
         shown = [name for name in COLOURS if any(name in g.rows for _, _, found in panels for g in found)]
-        _legend(figure, grid[0], shown)
+        _legend(figure, shown)
     return True
 
 
@@ -120,7 +123,8 @@ def over_threads(rows: Sequence[Row], path: Path) -> bool:
             axes.set_ylabel("speedup over one thread")
         for axes in grid[len(by_case):]:
             axes.set_visible(False)
-        _legend(figure, grid[0], [name for name in COLOURS if any(name in g.rows for found in by_case.values() for g in found)])
+        drawn = [name for name in COLOURS if any(all(name in g.rows for g in found) for found in by_case.values())]
+        _legend(figure, drawn)
     return True
 
 
@@ -141,7 +145,7 @@ def training_step(rows: Sequence[Row], path: Path) -> bool:
             for y, (name, time) in enumerate(zip(names, times)):
                 text = f"{time:.0f} ms" + (f", {100 * own / time:.1f}% of it DemP's own work" if own and name == "demp_tuned" else "")
                 axes.annotate(text, (group.rows[name].p80_ms, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
-                if own and name.startswith("demp"):
+                if own and name == "demp_tuned":
                     axes.barh(y, own, 0.7, color="#c8553d")
             axes.set_yticks(range(len(names)), [STEP_NAMES[name] for name in names], fontsize=9)
             axes.invert_yaxis()
@@ -172,7 +176,7 @@ def compaction(rows: Sequence[Row], path: Path) -> bool:
         axes.margins(x=0.25)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("times a warm copy of what is kept (line: 1)")
-        axes.legend(frameon=False, loc="lower right")
+        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return True
 
 
@@ -220,7 +224,7 @@ def _size(value: float) -> str:
     return f"{value:g}"
 
 
-def _legend(figure: Any, axes: Any, names: Sequence[str]) -> None:
+def _legend(figure: Any, names: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(color=COLOURS[name], label=NAMES[name]) for name in names]

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from demp_kernels.bench import plots
 from demp_kernels.bench.goals import GOALS, judge
-from demp_kernels.bench.report import (
-    BEGIN, END, goals_table, headline, losses, op_tables, readme_table, special_tables, update_readme,
-)
+from demp_kernels.bench.report import BEGIN, END, all_sheets, readme_table, rich_table, update_readme, write_tables
 from demp_kernels.bench.rows import Row
+from demp_kernels.bench.sheets import headline, losses
 from demp_kernels.recipes.errors import RecipeError
 from rich.console import Console
 
@@ -86,16 +85,16 @@ def test_a_busy_machine_decides_nothing(make_rows) -> None:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def text_of(*tables, width: int = 200) -> str:
+def text_of(rows: list[Row], width: int = 200) -> str:
     out = StringIO()
     console = Console(file=out, width=width)
-    for table in tables:
-        console.print(table)
+    for sheet in all_sheets(rows, wide=width >= 130):
+        console.print(rich_table(sheet))
     return out.getvalue()
 
 
 def test_tables_show_times_and_ratios(everything) -> None:
-    text = text_of(*op_tables(everything), *special_tables(everything), goals_table(judge(everything)))
+    text = text_of(everything)
     assert "relu forward nchw float32 512x64x32x32" in text
     assert "relu + noise forward" in text
     assert "4.76x" in text  # eager 10.0 / 2.1
@@ -105,12 +104,12 @@ def test_tables_show_times_and_ratios(everything) -> None:
 
 
 def test_narrow_terminals_keep_the_case(everything) -> None:
-    text = text_of(*op_tables(everything, width=90), width=90)
+    text = text_of(everything, width=90)
     assert "relu forward nchw" in text and "p20-p80" not in text
 
 
 def test_noisy_cases_are_marked(make_rows) -> None:
-    assert "512x64x32x32 ~" in text_of(*op_tables(make_rows(copy=2.0, demp=2.0, others=0.5)))
+    assert "512x64x32x32 ~" in text_of(make_rows(copy=2.0, demp=2.0, others=0.5))
 
 
 def test_losses_are_listed(everything) -> None:
@@ -125,6 +124,13 @@ def test_headline_names_machine_and_versions(everything) -> None:
         assert part in text
 
 
+def test_all_tables_are_written(tmp_path, everything) -> None:
+    write_tables(tmp_path / "tables.md", everything)
+    text = (tmp_path / "tables.md").read_text()
+    for part in ("### activation", "### norm_act", "### step, ms", "## Goals", "### slower than PyTorch", "16x64x16x16: 3.00x the time of plain"):
+        assert part in text
+
+
 # --- README ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +140,7 @@ def test_readme_is_rewritten_between_its_markers(tmp_path, everything) -> None:
     assert update_readme(path, everything) is True
     text = path.read_text()
     assert text.startswith(f"# Title\n\n{BEGIN}\n") and text.endswith(f"{END}\n\nrest\n") and "old" not in text
-    for part in ("| relu forward nchw float32 512x64x32x32 |", "**2.1**", "resnet18-w16", "3.0%", "not met"):
+    for part in ("| relu forward nchw float32 512x64x32x32 |", "**2.1**", "resnet18-w16", "3.0%", "not met", "17 (16.8-17.2)"):
         assert part in text
     assert update_readme(path, everything) is False
 
