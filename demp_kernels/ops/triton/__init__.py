@@ -1,0 +1,32 @@
+"""The ops in Triton: for GPUs without the compiled extension (no nvcc where it was built, AMD, Intel).
+
+Importing this package imports Triton; `ops.backend` does so only where the kernels are to be used, and calls `register`.
+"""
+from __future__ import annotations
+
+import torch
+
+from .activation import activation_backward, activation_forward, activation_forward_
+from .channel_select import channel_select
+from .compact import compact
+from .weight_noise import weight_noise_
+
+KERNELS = {
+    "activation_forward": activation_forward,
+    "activation_forward_": activation_forward_,
+    "activation_backward": activation_backward,
+    "weight_noise_": weight_noise_,
+    "compact": compact,
+    "channel_select": channel_select,
+}
+
+_libraries: list[torch.library.Library] = []
+
+
+def register(keys: tuple[str, ...] = ("CUDA", "XPU")) -> None:
+    """Make these the kernels of the ops for the dispatch keys (AMD GPUs are CUDA to PyTorch)."""
+    library = torch.library.Library("demp_kernels", "FRAGMENT")
+    for name, kernel in KERNELS.items():
+        for key in keys:
+            library.impl(name, kernel, key)
+    _libraries.append(library)  # implementations live as long as their library
