@@ -108,8 +108,14 @@ def _library(name: str) -> LibraryInfo:
 def _devices() -> dict[str, str]:
     devices = {"cpu": "native" if "_C" in backend.loaded else "reference"}
     if torch.cuda.is_available():
-        devices["cuda"] = "native" if "_C_cuda" in backend.loaded else "reference"
+        devices["cuda"] = "native" if "_C_cuda" in backend.loaded else _triton_or_reference()
+    if torch.xpu.is_available():
+        devices["xpu"] = _triton_or_reference()
     return devices
+
+
+def _triton_or_reference() -> str:
+    return "triton" if "triton" in backend.loaded else "reference"
 
 
 def _installed(distribution: str) -> str | None:

@@ -4,7 +4,8 @@ The schemas and the reference (for every device) are registered by the op module
 kernels for its device, which win over the reference by dispatch key.
 
 `DEMP_BACKEND` chooses: `auto` (default: the fastest there is), `native` (the compiled extension, or an error),
-`triton`, or `reference` (plain PyTorch only).
+`triton` (Triton kernels on GPUs even where the extension has its own, or an error), or `reference` (plain PyTorch only).
+Without the CUDA extension `auto` uses Triton on GPUs, if there is one and Triton is installed.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ CHOICES = ("auto", "native", "triton", "reference")
 chosen: str = "auto"
 """The value of DEMP_BACKEND that was followed."""
 loaded: list[str] = []
-"""Libraries in use: "_C" (CPU kernels), "_C_cuda" (CUDA kernels)."""
+"""What is in use: "_C" (compiled CPU kernels), "_C_cuda" (compiled CUDA kernels), "triton" (GPU kernels without them)."""
 reasons: dict[str, str] = {}
 """Why a library that is not in `loaded` is not in use."""
 
@@ -31,16 +32,17 @@ def load(package: Path = Path(__file__).resolve().parent.parent) -> None:
     chosen = os.environ.get("DEMP_BACKEND", "auto").strip().lower() or "auto"
     if chosen not in CHOICES:
         raise ValueError(f"DEMP_BACKEND: must be one of {', '.join(CHOICES)}, got {chosen}")
-    if chosen == "triton":
-        raise RuntimeError("DEMP_BACKEND=triton: this version has no Triton kernels")
     if chosen == "reference":
-        reasons.update(dict.fromkeys(("_C", "_C_cuda"), "DEMP_BACKEND=reference"))
+        reasons.update(dict.fromkeys(("_C", "_C_cuda", "triton"), "DEMP_BACKEND=reference"))
         return
     _load_library(package, "_C")
-    if torch.version.cuda is None:
+    if chosen == "triton":
+        reasons["_C_cuda"] = "DEMP_BACKEND=triton"
+    elif torch.version.cuda is None:
         reasons["_C_cuda"] = "this torch is built without CUDA"
     else:
         _load_library(package, "_C_cuda")
+    _register_triton()
     if "_C" in loaded:
         return
     if chosen == "native":
@@ -50,6 +52,29 @@ def load(package: Path = Path(__file__).resolve().parent.parent) -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _register_triton() -> None:
+    """Make Triton the kernels of GPUs where the extension has none for them. Importing Triton takes half a second, so it is
+    done only where there is a GPU or DEMP_BACKEND asks for it."""
+    if "_C_cuda" in loaded:
+        reasons["triton"] = "the compiled CUDA kernels are used"
+        return
+    if chosen == "native":
+        reasons["triton"] = "DEMP_BACKEND=native"
+        return
+    if chosen != "triton" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        reasons["triton"] = "no GPU"
+        return
+    try:
+        from . import triton
+    except ImportError as error:
+        if chosen == "triton":
+            raise RuntimeError(f"DEMP_BACKEND=triton: Triton cannot be imported: {error}") from error
+        reasons["triton"] = f"Triton cannot be imported: {error}"
+        return
+    triton.register()
+    loaded.append("triton")
 
 
 def _load_library(package: Path, name: str) -> None:
