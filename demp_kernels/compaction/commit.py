@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def commit(plan: Plan, states: Sequence[StateCut]) -> int:
     with_grad = [cut for cut in plan.cuts if cut.tensor.grad is not None]
     jobs += [(cut.tensor.grad, cut) for cut in with_grad]
     jobs += [(state.state[state.key], state.cut) for state in states]
-    new = gather([(tensor.detach(), cut.index) for tensor, cut in jobs])
+    new = gather([(tensor.detach(), cut) for tensor, cut in jobs])
     freed = sum(old.nbytes for old, _ in jobs) - sum(t.nbytes for t in new)
 
     contents = iter(new)
@@ -61,37 +62,41 @@ def replace_content(tensor: Tensor, content: Tensor) -> None:
     tensor.data = content
 
 
-def gather(jobs: Sequence[tuple[Tensor, dict[int, Tensor]]]) -> list[Tensor]:
-    """Index each tensor along the given dimensions, in one call of the `compact` op for each device and step."""
-    views: list[Tensor] = []
-    rows: list[Tensor | None] = []
-    columns: list[Tensor | None] = []
-    shapes: list[list[int] | None] = []
-    for tensor, index in jobs:
-        shape = None
-        if any(d > 1 for d in index):
-            if len(index) > 1:
-                tensor, index = _all_but_last(tensor, index)
-            # one dimension further back: the middle one of three is a column
-            ((dim, kept),) = index.items()
-            shape = [*tensor.shape[:dim], kept.numel(), *tensor.shape[dim + 1 :]]
-            tensor = tensor.reshape(math.prod(tensor.shape[:dim]), tensor.shape[dim], -1)
-            index = {1: kept}
-        views.append(tensor)
-        rows.append(index.get(0))
-        columns.append(index.get(1))
-        shapes.append(shape)
-    results: list[Tensor] = [None] * len(views)  # type: ignore[list-item]
-    for device in {view.device for view in views}:
-        here = [i for i, view in enumerate(views) if view.device == device]
-        found = compact_op([views[i] for i in here], [rows[i] for i in here], [columns[i] for i in here])
-        for i, tensor in zip(here, found):
-            results[i] = tensor if shapes[i] is None else tensor.view(shapes[i])
-    return results
+@dataclass
+class _Piece:
+    """One source of the `compact` op, and the shape in which its result is part of job `job`."""
+
+    job: int
+    source: Tensor
+    rows: Tensor | None
+    columns: Tensor | None
+    shape: list[int] | None = None
 
 
-def _all_but_last(tensor: Tensor, index: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-    last = max(index)
-    for dim in sorted(index)[:-1]:
+def gather(jobs: Sequence[tuple[Tensor, Cut]]) -> list[Tensor]:
+    """Cut each tensor, in one call of the `compact` op for each device. The new tensors share nothing with the old."""
+    pieces: list[_Piece] = []
+    for number, (tensor, cut) in enumerate(jobs):
+        if cut.blocks is not None:
+            pieces += [_Piece(number, tensor, rows, columns) for rows, columns in cut.blocks]
+        elif max(cut.index) <= 1:
+            pieces.append(_Piece(number, tensor, cut.index.get(0), cut.index.get(1)))
+        else:
+            pieces.append(_further_back(number, tensor, cut.index))
+    parts: list[list[Tensor]] = [[] for _ in jobs]
+    for device in {piece.source.device for piece in pieces}:
+        here = [piece for piece in pieces if piece.source.device == device]
+        found = compact_op([p.source for p in here], [p.rows for p in here], [p.columns for p in here])
+        for piece, result in zip(here, found):
+            parts[piece.job].append(result if piece.shape is None else result.view(piece.shape))
+    return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+
+
+def _further_back(number: int, tensor: Tensor, index: dict[int, Tensor]) -> _Piece:
+    """A dimension further back than the second: the middle one of three is a column."""
+    *others, last = sorted(index)
+    for dim in others:
         tensor = tensor.index_select(dim, index[dim])
-    return tensor, {last: index[last]}
+    before, after = tensor.shape[:last], tensor.shape[last + 1 :]
+    flat = tensor.reshape(math.prod(before), tensor.shape[last], math.prod(after))
+    return _Piece(number, flat, None, index[last], [*before, index[last].numel(), *after])

@@ -20,15 +20,20 @@ class CompactionError(RuntimeError):
 @dataclass
 class Cut:
     """Entries of a parameter or buffer that stay: for each dimension that shrinks, (kept,) int64 indices on the
-    tensor's device."""
+    tensor's device. The weight of a grouped convolution has blocks instead: for each group (rows, columns), since the
+    columns differ from group to group."""
 
     name: str
     tensor: Tensor
     index: dict[int, Tensor]
+    blocks: list[tuple[Tensor, Tensor]] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape to be."""
+        if self.blocks is not None:
+            rows = sum(rows.numel() for rows, _ in self.blocks)
+            return (rows, self.blocks[0][1].numel(), *self.tensor.shape[2:])
         return tuple(self.index[d].numel() if d in self.index else size for d, size in enumerate(self.tensor.shape))
 
 
@@ -73,13 +78,32 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
     for name, dims in kept_at.items():
         tensor = _tensor(modules, name)
         plan.cuts.append(Cut(name, tensor, {d: indices.tensor(i, tensor.device) for d, i in dims.items()}))
+    _add_blocks(plan, modules, graph, indices)
     plan.selections = _selections(modules, graph, keep, next(model.parameters()).device)
     for path, attribute, atoms in graph.attributes:
-        count = int(keep.atoms[atoms].sum())
-        if count != atoms.size:
+        stays = keep.atoms[atoms]
+        count = int((stays.any(1) if stays.ndim == 2 else stays).sum())
+        if count != len(atoms):
             plan.attributes.append((modules[path], attribute, count))
     plan.counters = _counters(modules, graph, keep)
     return plan
+
+
+def _add_blocks(plan: Plan, modules: dict[str, nn.Module], graph: UnitGraph, indices: _IndexCache) -> None:
+    """Cuts of grouped weights whose inputs shrink."""
+    for balance in graph.balances:
+        inputs, outputs = plan.keep.atoms[balance.inputs], plan.keep.atoms[balance.outputs]
+        if inputs.all():
+            continue
+        tensor = _tensor(modules, balance.weight)
+        rows = np.arange(outputs.size).reshape(outputs.shape)
+        blocks = [
+            (indices.tensor(rows[g][outputs[g]], tensor.device), indices.tensor(np.nonzero(inputs[g])[0], tensor.device))
+            for g in range(len(inputs))
+            if outputs[g].any()
+        ]
+        plan.cuts = [cut for cut in plan.cuts if cut.name != balance.weight]
+        plan.cuts.append(Cut(balance.weight, tensor, {}, blocks))
 
 
 class _IndexCache:
@@ -130,7 +154,7 @@ def _counters(
 ) -> list[tuple[DemPActivation, Tensor | None]]:
     kept: dict[str, list[np.ndarray]] = {}
     for a in graph.activations:
-        if isinstance(modules[a.module], DemPActivation):
+        if isinstance(modules.get(a.module), DemPActivation):
             kept.setdefault(a.module, []).append(keep.atoms[a.atoms])
     counters = []
     for path, masks in kept.items():

@@ -1,6 +1,7 @@
 """Walks a captured graph and asks the rule of every op what it does to units."""
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from .atoms import PINNED, Atoms
 from .capture import Capture, origin
 from .flow import Flow, Link, Step
 
-__all__ = ["Activation", "Builder", "Floor", "ParameterAxis", "Selection", "Value", "along", "rule"]
+__all__ = ["Activation", "Balance", "Builder", "Floor", "ParameterAxis", "Selection", "Value", "along", "rule"]
 
 Rule = Callable[["Builder", fx.Node], Any]
 RULES: dict[Any, Rule] = {}
@@ -82,11 +83,11 @@ class ParameterAxis:
 
 @dataclass
 class Activation:
-    """One call of an activation module. `name` is the module's path; `slot` its output."""
+    """One call of an activation: `name` is the module's path, `slots` its output in each captured graph."""
 
     name: str
-    slot: int
     atoms: np.ndarray
+    slots: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -107,6 +108,16 @@ class Floor:
     reason: str
 
 
+@dataclass
+class Balance:
+    """A grouped convolution: its groups keep equal numbers of inputs, and of outputs. `inputs`, `outputs`: (groups,
+    units a group). A group of which nothing stays goes as a whole."""
+
+    weight: str
+    inputs: np.ndarray
+    outputs: np.ndarray
+
+
 class Builder:
     """State of one analysis. Rules read values with `value`, and make new ones with the methods below it."""
 
@@ -120,11 +131,14 @@ class Builder:
         self.activations: list[Activation] = []
         self.selections: list[Selection] = []
         self.floors: list[Floor] = []
+        self.balances: list[Balance] = []
         self.env: dict[fx.Node, Any] = {}
         self._uniform_slot = self.flow.add_slot(np.zeros(1, np.int64))
         self._blocks_seen: dict[str, Value] = {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._calls: dict[str, int] = {}
+        self._activation_calls: dict[tuple[str, str | None], int] = {}
+        self._known: dict[tuple[str, str | None, int], int] = {}
         self._canonical = _canonical_names(model)
         self._position: dict[fx.Node, int] = {}
         self._never_zero = {self._uniform_slot}
@@ -140,6 +154,7 @@ class Builder:
     def run(self, captured: Capture) -> None:
         self._position = {node: i for i, node in enumerate(captured.nodes)}
         self._calls = _module_calls(captured.nodes)
+        self._activation_calls.clear()
         for node in captured.nodes:
             if node.op == "placeholder":
                 name = captured.tensors.get(node.name)
@@ -244,6 +259,21 @@ class Builder:
         stack = node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
         return path, self._modules.get(path)
+
+    def activation_number(self, path: str, kind: str | None, atoms: np.ndarray) -> int:
+        """The number of the activation that is called now, with units `atoms`; one known from the first graph is found
+        again. `kind` is None for a module; a function gets the name `<path>.<kind>`, `<path>.<kind>_1`, ..."""
+        base = path if kind is None else ".".join(filter(None, [path, kind]))
+        call = self._activation_calls.get((base, kind), 0)
+        self._activation_calls[base, kind] = call + 1
+        if (base, kind, call) not in self._known:
+            name = base
+            if kind is not None:
+                numbered = itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1)))
+                name = next(itertools.islice((n for n in numbered if n not in self._modules), call, None))
+            self._known[base, kind, call] = len(self.activations)
+            self.activations.append(Activation(name, atoms))
+        return self._known[base, kind, call]
 
     def calls(self, path: str) -> int:
         """How often the module at `path` is called in this graph."""
@@ -375,9 +405,10 @@ class Builder:
         return out
 
     def attribute(self, path: str, name: str, atoms: np.ndarray) -> None:
-        """The module at `path` states the number of these entries in its attribute `name`."""
+        """The module at `path` states the number of these entries in its attribute `name`. Of two-dimensional atoms,
+        (groups, units), the groups are counted."""
         module = self._modules.get(path)
-        if module is not None and getattr(module, name, None) == atoms.size:
+        if module is not None and getattr(module, name, None) == atoms.shape[0]:
             self.attributes.append((path, name, atoms))
 
 

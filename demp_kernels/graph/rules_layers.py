@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .builder import Builder, Floor, Parameter, Value, along, rule
+from .builder import Balance, Builder, Floor, Parameter, Value, along, rule
 from .capture import origin
 from .flow import Link
 
@@ -83,24 +83,26 @@ def _keep_for_onednn(b: Builder, node: fx.Node, weight: Parameter, channels: np.
 def _grouped(
     b: Builder, node: fx.Node, x: Value, weight: Parameter, bias: Parameter | None, groups: int
 ) -> Value:
-    """Depthwise (one input a group): an output goes with its input. Otherwise a group goes as a whole."""
+    """Depthwise: an output goes with its input. Otherwise the groups keep equal numbers of inputs and of outputs."""
     shape, path = output_shape(node), b.owner(node)[0]
     x = b.full_axis(x, 1)
     channels = x.axis(1)
-    inputs, outputs = x.shape[1] // groups, shape[1] // groups
-    group = channels.reshape(groups, inputs)
-    b.atoms.tie(group, group[:, :1])
-    atoms = np.repeat(group[:, 0], outputs)
+    b.attribute(path, "in_channels", channels)
+    if groups < x.shape[1]:
+        b.flow.contract(x.slot)
+        out = _new_units(b, node, shape, 1, weight, 0, bias, path, "out_channels")
+        inputs, outputs = channels.reshape(groups, -1), out.axis(1).reshape(groups, -1)
+        b.attribute(path, "groups", outputs)
+        b.balances.append(Balance(weight.name, inputs, outputs))
+        return out
+    source = np.repeat(np.arange(groups), shape[1] // groups)
+    atoms = channels[source]
     b.align(weight, 0, atoms)
     b.align(bias, 0, atoms)
-    b.attribute(path, "in_channels", channels)
     b.attribute(path, "out_channels", atoms)
-    b.attribute(path, "groups", group[:, 0])
-    entries = np.arange(x.shape[1]).reshape(groups, inputs)
-    source = np.repeat(entries, outputs, axis=0).ravel()
-    target = np.repeat(np.arange(shape[1]), inputs)
+    b.attribute(path, "groups", channels)
     kind = "sum" if bias is None else "affine"
-    out = b.derive(shape, along(atoms, 1, len(shape)), kind, [Link(x.slot, source, target)])
+    out = b.derive(shape, along(atoms, 1, len(shape)), kind, [Link(x.slot, source, np.arange(source.size))])
     b.makes(weight, out)
     b.makes(bias, out)
     return out
@@ -114,8 +116,8 @@ def transposed_convolution(b: Builder, node: fx.Node) -> Value:
     if x is None or parameters is None or parameters[0] is None or len(x.shape) != len(parameters[0].shape):
         return NotImplemented
     weight, bias = parameters
-    if groups == x.shape[1] and groups > 1:
-        return _grouped(b, node, b.uniform_except(x, 1), weight, bias, groups) if weight.shape[1] == 1 else NotImplemented
+    if groups == x.shape[1] and groups > 1 and weight.shape[1] == 1:
+        return _grouped(b, node, x, weight, bias, groups)
     if groups != 1:
         return NotImplemented
     x = b.uniform_except(x, 1)
@@ -201,16 +203,16 @@ def instance_norm(b: Builder, node: fx.Node) -> Value:
 
 @rule("group_norm.default")
 def group_norm(b: Builder, node: fx.Node) -> Value:
-    """With one channel a group it treats channels separately; otherwise a channel's removal changes its group."""
-    x_node, groups, weight, bias = arguments(node, "input", "num_groups", "weight", "bias")
+    """Statistics over a group: removing one of its channels would change the others, so a group goes as a whole."""
+    x_node, groups, *parameters = arguments(node, "input", "num_groups", "weight", "bias")
     x = b.value(x_node)
-    if x is None or groups != x.shape[1]:
-        return NotImplemented
-    out = _channel_norm(b, node, [x_node, weight, bias])
-    if isinstance(out, Value):
+    out = _channel_norm(b, node, [x_node, *parameters]) if x is not None else NotImplemented
+    if isinstance(out, Value) and out.atoms.size == out.shape[1]:
+        members = out.axis(1).reshape(groups, -1)
+        b.atoms.tie(members, members[:, :1])
         path, _ = b.owner(node)
-        b.attribute(path, "num_groups", x.axis(1))
-        b.attribute(path, "num_channels", x.axis(1))
+        b.attribute(path, "num_groups", members)
+        b.attribute(path, "num_channels", out.axis(1))
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from ..modules import DemPActivation
-from .builder import Activation, Builder, Selection, Value, along, rule
+from .builder import Builder, Selection, Value, along, rule
 from .capture import origin
 from .flow import Link
 from .rules_layers import arguments, output_shape
@@ -65,19 +65,30 @@ def prelu(b: Builder, node: fx.Node) -> Value:
     return out
 
 
+FUNCTIONAL = {
+    "relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6", "leaky_relu": "leakyrelu",
+    "leaky_relu_": "leakyrelu", "gelu": "gelu", "silu": "silu", "silu_": "silu", "hardswish": "hardswish",
+    "hardswish_": "hardswish", "elu": "elu", "elu_": "elu", "mish": "mish", "mish_": "mish",
+}
+"""Activations called as functions, and how `prepare` would name their module."""
+
+
 def activation(b: Builder, node: fx.Node, x: Value) -> Value:
-    """f(x) with f(0) = 0; if an activation module computes it, its units are registered."""
+    """f(x) with f(0) = 0. If it is an activation, as a module or as a function, its units are registered; a functional
+    one is named `<module that calls it>.relu`, further ones `.relu_1`, ..., as `prepare` does."""
     path, module = b.owner(node)
-    dim = _unit_dim(module, x) if isinstance(module, ACTIVATION_MODULES) else None
+    kind = None if isinstance(module, ACTIVATION_MODULES) else FUNCTIONAL.get(str(node.target).split(".")[1], "")
+    dim = _unit_dim(module, x) if kind != "" else None
     if dim is None:
         return b.same(x)
     x = b.full_axis(x, dim)
-    out = b.derive(x.shape, x.atoms, "sum", [Link(x.slot)], activation=len(b.activations))
-    b.activations.append(Activation(path, out.slot, x.axis(dim)))
+    number = b.activation_number(path, kind, x.axis(dim))
+    out = b.derive(x.shape, x.atoms, "sum", [Link(x.slot)], activation=number)
+    b.activations[number].slots.append(out.slot)
     return out
 
 
-def _unit_dim(module: nn.Module, x: Value) -> int | None:
+def _unit_dim(module: nn.Module | None, x: Value) -> int | None:
     """The dimension that holds an activation's units; None if it has none that can be told."""
     if len(x.shape) < 2:
         return None
@@ -240,5 +251,6 @@ def _select(
 ) -> Value:
     atoms = along(b.atoms.fresh(shape[dim]), dim, len(shape))
     out = b.derive(shape, atoms, "sum", [Link(skip.slot, source, target)])
-    b.selections.append(Selection(path, skip.slot, out.slot))
+    if path not in (selection.name for selection in b.selections):
+        b.selections.append(Selection(path, skip.slot, out.slot))
     return out

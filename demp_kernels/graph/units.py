@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import rules_layers, rules_pointwise, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
 from .atoms import PINNED
-from .builder import Builder
+from .builder import Balance, Builder
 from .capture import as_tuple, capture, materialise
 from .flow import Flow
 from .gates import find_gates
@@ -21,15 +21,14 @@ __all__ = ["ActivationUnits", "Keep", "UnitGraph", "WidthFloor"]
 
 @dataclass
 class ActivationUnits:
-    """The units of one call of an activation module.
+    """The units of one call of an activation.
 
-    name: key in `UnitGraph.units`. module: path of the module. atoms: the class of each unit. ids: each unit's number
+    name: key in `UnitGraph.units`. module: path of the module, or the name of the function call. atoms: the class of each unit. ids: each unit's number
     at the analysis. total: units at the analysis.
     """
 
     name: str
     module: str
-    slot: int
     atoms: np.ndarray
     ids: np.ndarray
     total: int
@@ -72,7 +71,7 @@ class UnitGraph:
         pinned = np.zeros(built.atoms.count, bool)
         pinned[[roots[PINNED], *reasons]] = True
         wanted = {slot for slots in built.rows.values() for slot in slots}
-        wanted |= {a.slot for a in built.activations} | {s for n in built.selections for s in (n.skip, n.out)}
+        wanted |= {slot for a in built.activations for slot in a.slots} | {s for n in built.selections for s in (n.skip, n.out)}
         built.flow.close(roots, pinned, wanted)
         used = [built.flow.atom_of, *(roots[axis.atoms] for axis in built.axes.values()), roots[[PINNED]]]
         used += [roots[a] for _, _, a in blocks]
@@ -99,6 +98,7 @@ class UnitGraph:
         self.attributes = [(path, name, number(atoms)) for path, name, atoms in built.attributes]
         self.selections = built.selections
         self.floors = [WidthFloor(number(f.atoms), f.count, f.reason) for f in built.floors]
+        self.balances = [Balance(n.weight, number(n.inputs), number(n.outputs)) for n in built.balances]
         self.activations = _named(built, number)
         self.inputs = inputs
         self.output_shapes = built.output_shapes
@@ -202,6 +202,13 @@ class UnitGraph:
                     kept[extra] = True
                     added.append(extra)
                     widened[reason] = widened.get(reason, 0) + extra.size
+            for balance in self.balances:
+                extra = _balancing(balance, kept)
+                if extra.size:
+                    kept[extra] = True
+                    added.append(extra)
+                    reason = f"the groups of {balance.weight} keep equal sizes"
+                    widened[reason] = widened.get(reason, 0) + extra.size
             return np.concatenate(added) if added else np.empty(0, np.int64)
 
         kept = self.flow.kept(live, self.classes, np.nonzero(self.is_pinned)[0], widen)[0]
@@ -219,7 +226,9 @@ class UnitGraph:
         for key, atoms in self.axes.items():
             stays = kept[atoms]
             self.axes[key], self.axis_ids[key] = atoms[stays], self.axis_ids[key][stays]
-        self.attributes = [(path, name, atoms[kept[atoms]]) for path, name, atoms in self.attributes]
+        self.attributes = [(path, name, _left(atoms, kept)) for path, name, atoms in self.attributes]
+        for balance in self.balances:
+            balance.inputs, balance.outputs = _left(balance.inputs, kept), _left(balance.outputs, kept)
         for floor in self.floors:
             floor.atoms = floor.atoms[kept[floor.atoms]]
         for a in self.activations:
@@ -241,13 +250,32 @@ def _first(atoms: np.ndarray, kept: np.ndarray, count: int) -> np.ndarray:
     return candidates[np.sort(first)[:needed]]
 
 
+def _balancing(balance: Balance, kept: np.ndarray) -> np.ndarray:
+    """Classes to keep besides so that all groups of which something stays have equal numbers."""
+    alive = kept[balance.inputs].any(1) | kept[balance.outputs].any(1)
+    added = []
+    for atoms in (balance.inputs[alive], balance.outputs[alive]):
+        most = max(1, int(kept[atoms].sum(1).max(initial=0)))
+        added += [_first(group, kept, most) for group in atoms]
+    return np.unique(np.concatenate(added)) if added else np.empty(0, np.int64)
+
+
+def _left(atoms: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The kept ones of some classes; of (groups, units) the groups of which something stays, equal in size."""
+    stays = kept[atoms]
+    if atoms.ndim == 1:
+        return atoms[stays]
+    groups = int(stays.any(1).sum())
+    return atoms[stays].reshape(groups, -1) if stays.any() else atoms[:0]
+
+
 def _named(built: Builder, number: Any) -> list[ActivationUnits]:
     paths = [a.name for a in built.activations]
     named, seen = [], dict.fromkeys(paths, 0)
     for a in built.activations:
         name = a.name if paths.count(a.name) == 1 else f"{a.name}@{seen[a.name]}"
         seen[a.name] += 1
-        named.append(ActivationUnits(name, a.name, a.slot, number(a.atoms), np.arange(a.atoms.size), a.atoms.size))
+        named.append(ActivationUnits(name, a.name, number(a.atoms), np.arange(a.atoms.size), a.atoms.size))
     return named
 
 
