@@ -158,23 +158,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if not x.is_contiguous() and not _activation.is_usable(x, channel_dim):
         x = x.contiguous()
-    if noise_std > 0:
-        seed = _seed(seed, x.device)
-    else:
-        seed = None
+    seed = _seed(seed, x.device) if noise_std > 0 else None
     try:
-        y, active, _ = _activation.forward(x, activation, slope, channel_dim, noise_std, seed)
+        if _is_traced():
+            y, active, _ = _activation.forward(x, activation, slope, channel_dim, noise_std, seed)
+            return y, active
+        return _activation.Forward.apply(x, activation, slope, channel_dim, noise_std, seed)
     except RuntimeError:
         # The compiled kernels check as `check_forward` does and know no ValueError: raise it here, off the hot path.
         _activation.check_forward(x, activation, slope, channel_dim, noise_std, seed)
         raise
-    return y, active
 
 
 def _forward_(
     x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or not (x.is_contiguous() or _activation.is_usable(x, channel_dim)):
+    if _is_traced() or not (x.is_contiguous() or _activation.is_usable(x, channel_dim)):
         # The compiler plans memory itself; strided x has no kernel. Either way x ends up holding y.
         y, active = _forward(x, activation, slope, channel_dim, noise_std, seed)
         return x.copy_(y), active
@@ -184,6 +183,11 @@ def _forward_(
     except RuntimeError:
         _activation.check_forward_(x, activation, slope, channel_dim, noise_std, seed)
         raise
+
+
+def _is_traced() -> bool:
+    """torch.compile, torch.export or torch.func is at work: they want the op itself."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

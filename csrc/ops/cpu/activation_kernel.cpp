@@ -132,7 +132,7 @@ void forward_rows(const Forward& f, const void* x, void* y, int size, std::int64
   const std::int64_t rows = f.outer, channels = f.channels, packet = t.packet[f.type];
   // Rows side by side that fill whole vectors, unless their counters outgrow the first-level cache.
   std::int64_t together = packet / std::gcd(channels, packet);
-  if (together * channels > 4096) together = 1;
+  if (together * channels > 2048) together = 1;
   constexpr std::int64_t unit = 8;  // rows: whole groups of noise, whole bytes of bits
   const Shares shares((rows + unit - 1) / unit, grain(f) / (unit * channels));
   Counters counters(active, channels, shares.count);

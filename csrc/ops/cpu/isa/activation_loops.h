@@ -77,34 +77,25 @@ void noisy(const void* x, void* y, std::int64_t n, Parameters parameters, std::u
   flat_loop<T, act, true>((const T*)x, (T*)y, n, parameters, bits, noise);
 }
 
-// R rows of `length` elements, `stride` apart: counters are touched once for R vectors.
-template <class T, Act act, bool write, int R>
-DEMP_INLINE void band(const T* x, T* y, std::int64_t stride, std::int64_t length, Parameters parameters,
-                      typename Ops<T>::Count* counts) {
+// One row of counters' worth of elements. Memory is walked in order: taking four rows at a time, to touch the counters a
+// quarter as often, was up to 2x slower outside the first-level cache (1.03 to 1.9 against 0.93 to 1.4 of a copy).
+template <class T, Act act, bool write>
+DEMP_INLINE void count_row(const T* x, T* y, std::int64_t length, Parameters parameters, typename Ops<T>::Count* counts) {
   typedef Ops<T> O;
   typedef typename O::Vec V;
   std::int64_t i = 0;
   for (; i + O::N <= length; i += O::N) {
-    V count = load_bytes<V>(counts + i);
-    for (int r = 0; r < R; ++r) {
-      if (write) {
-        count = O::add(count, packet<T, act, false>(x + r * stride + i, y + r * stride + i, nullptr, parameters));
-      } else {
-        count = O::add(count, O::active(load_bytes<V>(x + r * stride + i)));
-      }
-    }
-    store_bytes(counts + i, count);
+    const typename O::Mask mask =
+        write ? packet<T, act, false>(x + i, y + i, nullptr, parameters) : O::active(load_bytes<V>(x + i));
+    store_bytes(counts + i, O::add(load_bytes<V>(counts + i), mask));
   }
   if (i == length) return;
-  V count = load_bytes<V>(counts + i);
   const std::size_t rest = (std::size_t)(length - i) * sizeof(T);
-  for (int r = 0; r < R; ++r) {
-    T in[O::N] = {}, out[O::N];
-    __builtin_memcpy(in, x + r * stride + i, rest);
-    count = O::add(count, packet<T, act, false>(in, out, nullptr, parameters));
-    if (write) __builtin_memcpy(y + r * stride + i, out, rest);
-  }
-  store_bytes(counts + i, count);
+  T in[O::N] = {}, out[O::N];
+  __builtin_memcpy(in, x + i, rest);
+  const typename O::Mask mask = packet<T, act, false>(in, out, nullptr, parameters);
+  if (write) __builtin_memcpy(y + i, out, rest);
+  store_bytes(counts + i, O::add(load_bytes<V>(counts + i), mask));
 }
 
 template <class T>
@@ -124,23 +115,14 @@ DEMP_INLINE void row_loop(const T* x, T* y, std::int64_t rows, std::int64_t chan
                           RowCounts& state) {
   typedef typename Ops<T>::Count Count;
   constexpr std::int64_t limit = sizeof(Count) == 2 ? 0x7fff : 0x7fffffff;
-  const std::int64_t length = state.rows * channels;
   while (rows > 0) {
-    if (state.pending + 4 > limit) finish_rows<T>(channels, state);
-    Count* counts = (Count*)state.lanes;
-    std::int64_t done;
-    if (rows >= 4 * state.rows) {
-      band<T, act, write, 4>(x, y, length, length, parameters, counts);
-      done = 4 * state.rows;
-      state.pending += 4;
-    } else {
-      done = rows < state.rows ? rows : state.rows;
-      band<T, act, write, 1>(x, y, 0, done * channels, parameters, counts);
-      state.pending += 1;
-    }
-    x += done * channels;
-    y = write ? y + done * channels : y;
-    rows -= done;
+    const std::int64_t taken = rows < state.rows ? rows : state.rows;
+    if (state.pending == limit) finish_rows<T>(channels, state);
+    count_row<T, act, write>(x, y, taken * channels, parameters, (Count*)state.lanes);
+    ++state.pending;
+    x += taken * channels;
+    y = write ? y + taken * channels : y;
+    rows -= taken;
   }
 }
 

@@ -24,7 +24,12 @@ DEMP_INLINE F exp_lanes(F x) {
   return p * (F)(((I32)shifted - 0x4b400000 + 127) << 23);
 }
 
-DEMP_INLINE F sigmoid(F x) { return 1.0f / (1.0f + exp_lanes(-x)); }
+// s = 1 / (1 + exp(-x)) and s (1 - s), both from exp(-|x|): 1 - s alone would lose all digits where s is near 1.
+DEMP_INLINE void sigmoid_lanes(F x, F& s, F& s_times_rest) {
+  const F e = exp_lanes(-(F)((I32)x & 0x7fffffff)), inverse = 1.0f / (1.0f + e);
+  s = select((I32)(x < 0.0f), e * inverse, inverse);
+  s_times_rest = e * inverse * inverse;
+}
 
 // The standard normal distribution function and density: Phi(-t) = exp(-t^2 / 2) s p(s) with s = 1 / (1 + 0.35 t), t >= 0.
 // Absolute error of both below 1e-7.
@@ -102,13 +107,15 @@ DEMP_INLINE F activate(F x, F slope) {
 template <Act act>
 DEMP_INLINE F derivative(F x) {
   if constexpr (act == Act::silu) {
-    const F s = sigmoid(x);
-    return s * (1.0f + x * (1.0f - s));
+    F s, rest;
+    sigmoid_lanes(x, s, rest);
+    return s + x * rest;
   }
   if constexpr (act == Act::gelu_tanh) {
     const F square = x * x;
-    const F s = sigmoid(x * (float(2 * kTanhScale) + float(2 * kTanhScale * kTanhCubic) * square));
-    return s + x * s * (1.0f - s) * (float(2 * kTanhScale) + float(6 * kTanhScale * kTanhCubic) * square);
+    F s, rest;
+    sigmoid_lanes(x * (float(2 * kTanhScale) + float(2 * kTanhScale * kTanhCubic) * square), s, rest);
+    return s + x * rest * (float(2 * kTanhScale) + float(6 * kTanhScale * kTanhCubic) * square);
   }
   F cdf, pdf;
   normal_lanes(x, cdf, pdf);

@@ -42,18 +42,6 @@ inline __attribute__((always_inline)) Keys make_keys(std::uint64_t seed) {
   return keys;
 }
 
-// Words in 64-bit lanes of which only the low half counts: a 32x32->64 multiplication leaves its two results where the
-// next round needs them, and the upper halves are never looked at. 6 instructions a round on AVX-512, 8 on AVX2.
-DEMP_INLINE void philox_rounds(U64 (&x)[4], const Keys& keys) {
-  for (int i = 0; i < 10; ++i) {
-    const U64 a = multiply_low_halves(x[0], kPhiloxM0), b = multiply_low_halves(x[2], kPhiloxM1);
-    x[0] = exclusive_or(b >> 32, x[1], keys.low[i]);
-    x[1] = b;
-    x[2] = exclusive_or(a >> 32, x[3], keys.high[i]);
-    x[3] = a;
-  }
-}
-
 // The low halves of two vectors as one vector of 32-bit lanes. For `by_group` the lanes come in the order that
 // `store_groups` wants, otherwise in the order of the groups.
 template <bool by_group>
@@ -111,25 +99,56 @@ DEMP_INLINE void box_muller(I32 x0, I32 x1, F& z0, F& z1) {
   z1 = radius * sine;
 }
 
+// The words of the V * L / 2 groups from g on, to the places of `generate`.
+//
+// Words are kept in 64-bit lanes of which only the low half counts: a 32x32->64 multiplication leaves its two results
+// where the next round needs them, and the upper halves are never looked at. That makes 6 instructions a round on
+// AVX-512 and 8 on AVX2; V = 4 vectors side by side hide the multiplications' latency.
+template <int V, bool by_group>
+DEMP_INLINE void philox_groups(const std::uint64_t* q, const std::uint64_t* column, std::int64_t g, std::uint32_t stream,
+                               const Keys& keys, float* out, std::int64_t stride) {
+  U64 x[4][V], a[V], b[V];
+  for (int v = 0; v < V; ++v) {
+    x[0][v] = load_bytes<U64>(q + g + v * (L / 2));
+    x[1][v] = x[0][v] >> 32;
+    x[2][v] = load_bytes<U64>(column + g + v * (L / 2));
+    x[3][v] = U64{} + std::uint64_t{stream};
+  }
+  for (int i = 0; i < 10; ++i) {
+    for (int v = 0; v < V; ++v) a[v] = multiply_low_halves(x[0][v], kPhiloxM0);
+    for (int v = 0; v < V; ++v) b[v] = multiply_low_halves(x[2][v], kPhiloxM1);
+    for (int v = 0; v < V; ++v) {
+      x[0][v] = exclusive_or(b[v] >> 32, x[1][v], keys.low[i]);
+      x[1][v] = b[v];
+      x[2][v] = exclusive_or(a[v] >> 32, x[3][v], keys.high[i]);
+      x[3][v] = a[v];
+    }
+  }
+  for (int v = 0; v < V; v += 2, g += L) {
+    for (int w = 0; w < 4; ++w) {
+      store_bytes(by_group ? out + 4 * g + w * L : out + stride * w + g, pack<by_group>(x[w][v], x[w][v + 1]));
+    }
+  }
+}
+
 // Noise of `count` groups, rounded up to a multiple of L: arrays and output need room for that.
 // by_group: out[4 * group + lane]; otherwise out[stride * lane + group].
+//
+// In two passes, words and then normals in their place, while they are in the first-level cache: neither pass alone
+// waits for the other's long chains. 0.63 ns an element against 0.87 in one pass (AVX-512, 3.6 GHz), 0.97 against 1.28
+// (AVX2); the 245 AVX-512 instructions for 64 elements would take 0.53 at two a cycle.
 template <bool by_group>
 void generate(const std::uint64_t* q, const std::uint64_t* column, std::int64_t count, std::uint32_t stream,
               const Keys& keys, float* out, std::int64_t stride) {
-  for (std::int64_t g = 0; g < count; g += L) {
-    U64 a[4], b[4];
-    a[0] = load_bytes<U64>(q + g);
-    b[0] = load_bytes<U64>(q + g + L / 2);
-    a[2] = load_bytes<U64>(column + g);
-    b[2] = load_bytes<U64>(column + g + L / 2);
-    a[1] = a[0] >> 32;
-    b[1] = b[0] >> 32;
-    a[3] = b[3] = U64{} + std::uint64_t{stream};
-    philox_rounds(a, keys);
-    philox_rounds(b, keys);
+  std::int64_t g = 0;
+  for (; g + 2 * L <= count; g += 2 * L) philox_groups<4, by_group>(q, column, g, stream, keys, out, stride);
+  for (; g < count; g += L) philox_groups<2, by_group>(q, column, g, stream, keys, out, stride);
+  for (g = 0; g < count; g += L) {
+    I32 words[4];
+    for (int w = 0; w < 4; ++w) words[w] = load_bytes<I32>(by_group ? out + 4 * g + w * L : out + stride * w + g);
     F z[4];
-    box_muller(pack<by_group>(a[0], b[0]), pack<by_group>(a[1], b[1]), z[0], z[1]);
-    box_muller(pack<by_group>(a[2], b[2]), pack<by_group>(a[3], b[3]), z[2], z[3]);
+    box_muller(words[0], words[1], z[0], z[1]);
+    box_muller(words[2], words[3], z[2], z[3]);
     if (by_group) {
       store_groups(out + 4 * g, z);
     } else {
