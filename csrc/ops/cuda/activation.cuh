@@ -24,17 +24,22 @@ template <typename T, Kind kind>
 void launch_forward(const ActivationForward& a, cudaStream_t stream) {
   const Scalars<Wide<T>> scalars(a.act, a.slope, a.noise_std, is_aligned(a.x, 16) && is_aligned(a.y, 16));
   const bool noisy = a.seed != nullptr;
-  if constexpr (kScalarOnly<T>) {
-    return noisy ? launch_rows<T, kind, Noise::single>(a, scalars, stream) : launch_rows<T, kind, Noise::none>(a, scalars, stream);
-  } else {
-    if (suits_planes<T>(a) && scalars.aligned) {
-      return noisy ? launch_planes<T, kind, Noise::across>(a, scalars, stream) : launch_planes<T, kind, Noise::none>(a, scalars, stream);
-    }
-    if (!noisy) return launch_rows<T, kind, Noise::none>(a, scalars, stream);
-    if (a.inner == 1 && a.channels % 8 == 0) return launch_rows<T, kind, Noise::down>(a, scalars, stream);
-    if (a.inner % 4 == 0) return launch_rows<T, kind, Noise::across>(a, scalars, stream);
-    launch_rows<T, kind, Noise::single>(a, scalars, stream);
+  // float64 and smooth activations with noise are rare: one kernel that can do everything is enough for them, where each
+  // more of these would take as long to compile as all kernels without noise.
+  if constexpr (kScalarOnly<T> || kind == Kind::smooth) {
+    if (noisy) return launch_rows<T, kind, Noise::single>(a, scalars, stream);
   }
+  if constexpr (!kScalarOnly<T>) {
+    const bool planes = suits_planes<T>(a) && scalars.aligned;
+    if constexpr (kind == Kind::linear) {
+      if (noisy && planes) return launch_planes<T, kind, Noise::across>(a, scalars, stream);
+      if (noisy && a.inner == 1 && a.channels % 8 == 0) return launch_rows<T, kind, Noise::down>(a, scalars, stream);
+      if (noisy && a.inner % 4 == 0) return launch_rows<T, kind, Noise::across>(a, scalars, stream);
+      if (noisy) return launch_rows<T, kind, Noise::single>(a, scalars, stream);
+    }
+    if (planes) return launch_planes<T, kind, Noise::none>(a, scalars, stream);
+  }
+  launch_rows<T, kind, Noise::none>(a, scalars, stream);
 }
 
 template <typename T>

@@ -55,8 +55,8 @@ constexpr int kGroup = noise == Noise::none ? kPerWord<T> : 8;
 
 // Groups whose loads a thread has in flight: 64 bytes, 16 KiB a block. Where arithmetic takes the time anyway, more groups
 // would only make the code longer.
-template <Kind kind, Noise noise>
-constexpr int kAtOnce = noise == Noise::single || (noise == Noise::across && kind == Kind::smooth) ? 1 : 4;
+template <Noise noise>
+constexpr int kAtOnce = noise == Noise::single ? 1 : 4;
 
 // Resident blocks that ptxas must leave registers for: 80 a thread without noise, 128 with it. Two blocks have 32 KiB of
 // loads in flight on a multiprocessor, more than an H100's bandwidth times its latency asks for (18 KiB).
