@@ -46,6 +46,7 @@ class Settings:
     """The flags, checked."""
 
     what: list[str]
+    only: list[str]
     device: torch.device
     threads: list[int]
     scope: Scope
@@ -73,7 +74,7 @@ class Settings:
         scope = Scope(last_level_cache(device), on_gpu=device.type == "cuda", full=chosen.full, quick=chosen.quick)
         seconds = min(chosen.seconds, 0.1) if chosen.quick else chosen.seconds
         budget = Budget(seconds, compile=chosen.compile and not chosen.quick, memory=not chosen.quick)
-        return cls(what, device, _threads(chosen.threads), scope, budget, chosen.tune, chosen.out, models, chosen.readme)
+        return cls(what, chosen.only, device, _threads(chosen.threads), scope, budget, chosen.tune, chosen.out, models, chosen.readme)
 
 
 def _threads(text: str | None) -> list[int]:
@@ -94,6 +95,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("what", nargs="*", metavar="what", help="ops or programs, see below")
     parser.add_argument("--quick", action="store_true", help="a few small cases without torch.compile: seconds")
     parser.add_argument("--full", action="store_true", help="every layout x dtype x size: hours with torch.compile")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="those cases of ops whose name has one of these in it, such as noise-forward-nchw")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="X", help="measuring time of a case, about (default: 1)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--no-tune", dest="tune", action="store_false", help="leave the C library's allocator as it is (default: tune_allocator(), as demp train does)")
@@ -193,13 +195,15 @@ def _work(settings: Settings) -> list[Job]:
         elif program == "compaction":
             jobs += [Job(program, name=name, threads=count) for count in counts for name in settings.models]
         elif program in SUITES:
-            cases = SUITES[program](settings.scope)
+            cases = [case for case in SUITES[program](settings.scope) if not settings.only or any(t in case.key for t in settings.only)]
             jobs += [Job(program, case, threads=count) for case in cases for count in counts]
             if not settings.threads and not settings.scope.quick and settings.device.type == "cpu":
                 jobs += [
                     Job(program, case, threads=count, compile=False)
                     for case in _scaling(cases, settings.scope) for count in thread_counts(usual) if count != usual
                 ]
+    if not jobs:
+        raise RecipeError(f"only must be part of a case's name (see the first column of rows), got {' '.join(settings.only)}")
     return jobs
 
 

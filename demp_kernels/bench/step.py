@@ -26,7 +26,7 @@ OWN = ("own_penalty", "own_counts", "own_noise", "own_decision")
 WARM_UP = 2
 
 
-def step_rows(width: int, machine: Machine, *, batch: int = 128, side: int = 28, rounds: int = 12) -> list[Row]:
+def step_rows(width: int, machine: Machine, *, batch: int = 128, side: int = 28, rounds: int = 10) -> list[Row]:
     """Rows of one network: every setup of `SETUPS`, plain and with "_tuned" for the tuned allocator, `own_work`, its parts.
 
     Raises RecipeError if a process fails.

@@ -32,10 +32,10 @@ def test_runs_are_appended_and_reported(tmp_path: Path, make_rows, capsys) -> No
     assert "512x64x32x32" in capsys.readouterr().out
     assert "512x64x32x32" in readme.read_text()
     assert (out / "against_copy.svg").exists()
-    assert main(["bench", "channel_select", "--quick", "--no-tune", "--seconds", "0.001", "--threads", "1,2", "--out", str(out)]) == 0
+    assert main(["bench", "channel_select", "--quick", "--no-tune", "--seconds", "0.001", "--threads", "1,2", "--out", str(out), "--only", "forward-nchw"]) == 0
     rows = read_rows(out / "rows.csv")
     assert rows[0].op == "activation" and {row.op for row in rows[5:]} == {"channel_select"}
-    assert {row.threads for row in rows[5:]} == {1, 2}
+    assert {row.threads for row in rows[5:]} == {1, 2} and {row.direction for row in rows[5:]} == {"forward"}
     assert {row.allocator for row in rows[5:]} == {"default"}
 
 
@@ -53,6 +53,7 @@ def test_runs_are_appended_and_reported(tmp_path: Path, make_rows, capsys) -> No
         (["report"], "report needs rows in"),
         (["compaction", "--models", "resnet17"], "got 'resnet17'"),
         (["--out", "other-columns"], "must have the columns of this version"),
+        (["activation", "--quick", "--only", "tanh"], "only must be part of a case's name"),
         (["--seconds", "soon"], "invalid float"),
     ],
 )
