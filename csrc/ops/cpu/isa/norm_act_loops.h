@@ -27,13 +27,31 @@ DEMP_INLINE Context<T> context(const NormAct& a) {
           nullptr, 0, (S)a.parameters.slope, (S)a.parameters.noise_std, (Act)a.act};
 }
 
+template <class T>
+Loops<T> forward_loops(const NormAct& a) {
+  if ((Act)a.act != Act::relu) return a.added ? loops_of<ForwardTile<T, false, true>>() : loops_of<ForwardTile<T, false, false>>();
+  return a.added ? loops_of<ForwardTile<T, true, true>>() : loops_of<ForwardTile<T, true, false>>();
+}
+template <class T>
+Loops<T> sums_loops(const NormAct& a) {
+  if ((Act)a.act != Act::relu) {
+    return a.added ? loops_of<GradientSumsTile<T, false, true>>() : loops_of<GradientSumsTile<T, false, false>>();
+  }
+  return a.added ? loops_of<GradientSumsTile<T, true, true>>() : loops_of<GradientSumsTile<T, true, false>>();
+}
+template <class T>
+Loops<T> input_loops(const NormAct& a) {
+  if (a.added) return loops_of<GradientInputTile<T, true, true>>();
+  return (Act)a.act == Act::relu ? loops_of<GradientInputTile<T, true, false>>() : loops_of<GradientInputTile<T, false, false>>();
+}
+
 // ---- planes: one channel's parameters in every lane -----------------------------------------------------------
 
 template <class T>
 struct Totals {
   static constexpr int lanes = Lanes<T>::n * Lanes<T>::large;
   double a[lanes] = {}, b[lanes] = {};
-  std::int64_t count = 0;
+  std::int64_t count[lanes] = {};
 };
 
 template <class T, int W>
@@ -65,36 +83,26 @@ DEMP_INLINE void add_counts(std::int64_t* to, I v) {
   for (int i = 0; i < int(sizeof(I) / sizeof(v[0])); ++i) to[i] += lanes[i];
 }
 
-template <class Tile, int W, class T>
-DEMP_INLINE void flush(Sums<T, W>& s, Totals<T>& totals) {
+template <int W, class T>
+DEMP_INLINE void flush(const Loops<T>& loops, Sums<T, W>& s, Totals<T>& totals) {
   constexpr int n = Lanes<T>::n;
   for (int w = 0; w < W; ++w) {
-    if (Tile::sums) {
+    if (loops.sums) {
       add_lanes(totals.a + w * n, s.a[w]);
       add_lanes(totals.b + w * n, s.b[w]);
     }
-    if (Tile::counts) {
-      std::int64_t counts[n] = {};
-      add_counts(counts, s.count[w]);
-      for (int i = 0; i < n; ++i) totals.count += counts[i];
-    }
+    if (loops.counts) add_counts(totals.count + w * n, s.count[w]);
   }
   s = Sums<T, W>();
 }
 
 // Positions [from, to) of the planes of images [begin, end) of a channel.
-template <class Tile>
-void walk_planes(const NormAct& a, const Context<typename Tile::T>& c, std::int64_t channel, std::int64_t begin,
-                 std::int64_t end, std::int64_t from, std::int64_t to, double mean, Totals<typename Tile::T>& totals) {
-  typedef typename Tile::T T;
+template <class T>
+void walk_planes(const Loops<T>& loops, const NormAct& a, const Context<T>& c, std::int64_t channel, std::int64_t begin,
+                 std::int64_t end, std::int64_t from, std::int64_t to, double mean, Totals<T>& totals) {
   constexpr int W = Lanes<T>::large, w = Lanes<T>::small, wide = W * Lanes<T>::n, narrow = w * Lanes<T>::n;
   const PerChannel<T, W> p = broadcast<T, W>(a, channel, mean);
-  PerChannel<T, w> q;
-  __builtin_memcpy(&q.mean, &p.mean, sizeof q.mean);
-  __builtin_memcpy(&q.scale, &p.scale, sizeof q.scale);
-  __builtin_memcpy(&q.bias, &p.bias, sizeof q.bias);
-  __builtin_memcpy(&q.slope_back, &p.slope_back, sizeof q.slope_back);
-  __builtin_memcpy(&q.offset_back, &p.offset_back, sizeof q.offset_back);
+  const PerChannel<T, w> q = broadcast<T, w>(a, channel, mean);
   Sums<T, W> s;
   Sums<T, w> r;
   std::int64_t pending = 0;
@@ -102,31 +110,29 @@ void walk_planes(const NormAct& a, const Context<typename Tile::T>& c, std::int6
   for (std::int64_t image = begin; image < end; ++image) {
     const std::int64_t plane = image * a.channels + channel;
     std::int64_t at = plane * a.inner + from, byte = plane * mask_bytes + from / 8, left = to - from;
-    while (left >= wide) {
-      std::int64_t rows = left / wide;
-      if (rows > kRowsInFloat - pending) rows = kRowsInFloat - pending;
-      Tile::template run<false, W>(c, Place{at, byte, rows, wide, 0}, p, s);
-      at += rows * wide, byte += rows * wide / 8, left -= rows * wide;
-      if ((pending += rows) >= kRowsInFloat) {
-        flush<Tile, W>(s, totals);
-        flush<Tile, w>(r, totals);
-        pending = 0;
+    while (left > 0) {
+      std::int64_t rows, width = narrow;
+      if (loops.wide && left >= wide) {
+        width = wide;
+        rows = left / wide < kRowsInFloat ? left / wide : kRowsInFloat;
+        loops.wide(c, Place{at, byte, rows, wide, 0}, p, s);
+      } else if (left >= narrow) {
+        rows = left / narrow < kRowsInFloat ? left / narrow : kRowsInFloat;
+        loops.narrow(c, Place{at, byte, rows, narrow, 0}, q, r);
+      } else {
+        rows = 1;
+        loops.cut(c, Place{at, byte, 1, 0, left}, q, r);
       }
-    }
-    if (left > 0) {
-      const std::int64_t rows = left / narrow;
-      Tile::template run<false, w>(c, Place{at, byte, rows, narrow, 0}, q, r);
-      at += rows * narrow, byte += rows * narrow / 8, left -= rows * narrow;
-      if (left > 0) Tile::template run<true, w>(c, Place{at, byte, 1, 0, left}, q, r);
-      if ((pending += W / w) >= kRowsInFloat) {
-        flush<Tile, W>(s, totals);
-        flush<Tile, w>(r, totals);
+      at += rows * width, byte += rows * width / 8, left -= rows * width;
+      if ((pending += rows) >= kRowsInFloat) {
+        flush<W>(loops, s, totals);
+        flush<w>(loops, r, totals);
         pending = 0;
       }
     }
   }
-  flush<Tile, W>(s, totals);
-  flush<Tile, w>(r, totals);
+  flush<W>(loops, s, totals);
+  flush<w>(loops, r, totals);
 }
 
 template <class T>
@@ -165,7 +171,7 @@ void statistics_planes(const NormAct& a, std::int64_t channel, std::int64_t begi
   for (int attempt = 0; attempt < 2; ++attempt) {
     guess = (double)(S)guess;
     Totals<T> totals;
-    walk_planes<StatisticsTile<T>>(a, c, channel, begin, end, 0, a.inner, guess, totals);
+    walk_planes(loops_of<StatisticsTile<T>>(), a, c, channel, begin, end, 0, a.inner, guess, totals);
     total(totals, sum, squares);
     if (attempt == 1 || !guess_was_bad(n, sum, squares)) break;
     guess += sum / n;
@@ -173,13 +179,14 @@ void statistics_planes(const NormAct& a, std::int64_t channel, std::int64_t begi
   result = moments(n, guess, sum, squares);
 }
 
-template <class T, Kind kind, bool added, bool noisy>
-void forward_planes_of(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end,
-                       std::int64_t& active, void* scratch) {
+template <class T>
+void forward_planes(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end, std::int64_t& active,
+                    void* scratch) {
+  const Loops<T> loops = forward_loops<T>(a);
   Context<T> c = context<T>(a);
   Totals<T> totals;
-  if (!noisy) {
-    walk_planes<ForwardTile<T, kind, added, false>>(a, c, channel, begin, end, 0, a.inner, a.mean[channel], totals);
+  if (!a.noisy) {
+    walk_planes(loops, a, c, channel, begin, end, 0, a.inner, a.mean[channel], totals);
   } else {
     float* const noise = noise_in(scratch);
     c.noise = noise;
@@ -188,25 +195,25 @@ void forward_planes_of(const NormAct& a, std::int64_t channel, std::int64_t begi
         const std::int64_t to = from + kNoiseBlock < a.inner ? from + kNoiseBlock : a.inner;
         c.noise_at = (image * a.channels + channel) * a.inner + from;
         noise_planes(noise, c.noise_at, c.noise_at + to - from, a.channels, a.inner, a.seed, stage_in(scratch));
-        walk_planes<ForwardTile<T, kind, added, true>>(a, c, channel, image, image + 1, from, to, a.mean[channel], totals);
+        walk_planes(loops, a, c, channel, image, image + 1, from, to, a.mean[channel], totals);
       }
     }
   }
-  active = totals.count;
+  active = 0;
+  for (int i = 0; i < Totals<T>::lanes; ++i) active += totals.count[i];
 }
 
-template <class T, Kind kind, bool added>
-void sums_planes_of(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end, double (&sums)[2]) {
+template <class T>
+void sums_planes(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end, double (&sums)[2]) {
   Totals<T> totals;
-  walk_planes<GradientSumsTile<T, kind, added>>(a, context<T>(a), channel, begin, end, 0, a.inner, a.mean[channel], totals);
+  walk_planes(sums_loops<T>(a), a, context<T>(a), channel, begin, end, 0, a.inner, a.mean[channel], totals);
   total(totals, sums[0], sums[1]);
 }
 
-template <class T, Kind kind, bool added>
-void input_planes_of(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end) {
+template <class T>
+void input_planes(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end) {
   Totals<T> totals;
-  walk_planes<GradientInputTile<T, kind, added>>(a, context<T>(a), channel, begin, end, 0, a.inner, a.mean[channel],
-                                                 totals);
+  walk_planes(input_loops<T>(a), a, context<T>(a), channel, begin, end, 0, a.inner, a.mean[channel], totals);
 }
 
 // ---- rows: every lane its own parameters ----------------------------------------------------------------------
@@ -239,10 +246,10 @@ DEMP_INLINE Columns<T> columns(const NormAct& a, void* scratch) {
   return k;
 }
 
-template <class Tile, bool cut, int W>
-DEMP_INLINE void column_tile(const Context<typename Tile::T>& c, const Columns<typename Tile::T>& k, std::int64_t column,
-                             Place place) {
-  typedef typename Tile::T T;
+// The columns from `column` on: parameters from their arrays, sums to theirs.
+template <int W, class T>
+void column_tile(const Loops<T>& loops, Loop<T, W> loop, const Context<T>& c, const Columns<T>& k, std::int64_t column,
+                 Place place) {
   typedef typename Lanes<T>::V V;
   constexpr int n = Lanes<T>::n;
   PerChannel<T, W> p;
@@ -255,46 +262,47 @@ DEMP_INLINE void column_tile(const Context<typename Tile::T>& c, const Columns<t
     p.offset_back[w] = load_bytes<V>(k.offset_back + i);
   }
   Sums<T, W> s;
-  Tile::template run<cut, W>(c, place, p, s);
+  loop(c, place, p, s);
   for (int w = 0; w < W; ++w) {
     const std::int64_t i = column + w * n;
-    if (Tile::sums) {
+    if (loops.sums) {
       add_lanes(k.a + i, s.a[w]);
       add_lanes(k.b + i, s.b[w]);
     }
-    if (Tile::counts) add_counts(k.count + i, s.count[w]);
+    if (loops.counts) add_counts(k.count + i, s.count[w]);
   }
 }
 
 // Columns [0, width) of `rows` bands that begin at element `at`.
-template <class Tile>
-DEMP_INLINE void band(const Context<typename Tile::T>& c, const Columns<typename Tile::T>& k, std::int64_t at,
-                      std::int64_t rows, std::int64_t period, std::int64_t width) {
-  typedef typename Tile::T T;
+template <class T>
+void band(const Loops<T>& loops, const Context<T>& c, const Columns<T>& k, std::int64_t at, std::int64_t rows,
+          std::int64_t period, std::int64_t width) {
   constexpr int W = Lanes<T>::large, w = Lanes<T>::small, wide = W * Lanes<T>::n, narrow = w * Lanes<T>::n;
   std::int64_t i = 0;
-  for (; i + wide <= width; i += wide) {
-    column_tile<Tile, false, W>(c, k, i, Place{at + i, (at + i) / 8, rows, period, 0});
+  if (loops.wide) {
+    for (; i + wide <= width; i += wide) {
+      column_tile<W>(loops, loops.wide, c, k, i, Place{at + i, (at + i) / 8, rows, period, 0});
+    }
   }
   for (; i + narrow <= width; i += narrow) {
-    column_tile<Tile, false, w>(c, k, i, Place{at + i, (at + i) / 8, rows, period, 0});
+    column_tile<w>(loops, loops.narrow, c, k, i, Place{at + i, (at + i) / 8, rows, period, 0});
   }
-  if (i < width) column_tile<Tile, true, w>(c, k, i, Place{at + i, (at + i) / 8, rows, period, width - i});
+  if (i < width) column_tile<w>(loops, loops.cut, c, k, i, Place{at + i, (at + i) / 8, rows, period, width - i});
 }
 
 // Rows [begin, end) of (rows, channels). Tiles go down some rows and then right, within what the second-level cache holds.
-template <class Tile>
-void walk_rows(const NormAct& a, const Context<typename Tile::T>& c, const Columns<typename Tile::T>& k,
-               std::int64_t begin, std::int64_t end) {
+template <class T>
+void walk_rows(const Loops<T>& loops, const NormAct& a, const Context<T>& c, const Columns<T>& k, std::int64_t begin,
+               std::int64_t end) {
   const std::int64_t side_by_side = a.period / a.channels, bands = (end - begin) / side_by_side;
-  std::int64_t rows = 65536 / (a.period * (std::int64_t)sizeof(typename Tile::T)), at = begin * a.channels;
+  std::int64_t rows = 65536 / (a.period * (std::int64_t)sizeof(T)), at = begin * a.channels;
   rows = rows < 4 ? 4 : rows > kRowsInFloat ? kRowsInFloat : rows;
   for (std::int64_t i = 0; i < bands; i += rows) {
     if (rows > bands - i) rows = bands - i;
-    band<Tile>(c, k, at, rows, a.period, a.period);
+    band(loops, c, k, at, rows, a.period, a.period);
     at += rows * a.period;
   }
-  if (at < end * a.channels) band<Tile>(c, k, at, 1, a.period, end * a.channels - at);
+  if (at < end * a.channels) band(loops, c, k, at, 1, a.period, end * a.channels - at);
 }
 
 // sums[channel] = the sums of its columns.
@@ -326,7 +334,7 @@ void statistics_rows(const NormAct& a, std::int64_t begin, std::int64_t end, Mom
       }
       for (std::int64_t i = channel; i < a.period; i += a.channels) k.mean[i] = (S)guess;
     }
-    walk_rows<StatisticsTile<T>>(a, c, k, begin, end);
+    walk_rows(loops_of<StatisticsTile<T>>(), a, c, k, begin, end);
     fold(a, k);
     bool bad = false;
     for (std::int64_t channel = 0; channel < a.channels; ++channel) {
@@ -337,12 +345,13 @@ void statistics_rows(const NormAct& a, std::int64_t begin, std::int64_t end, Mom
   }
 }
 
-template <class T, Kind kind, bool added, bool noisy>
-void forward_rows_of(const NormAct& a, std::int64_t begin, std::int64_t end, std::int64_t* active, void* scratch) {
+template <class T>
+void forward_rows(const NormAct& a, std::int64_t begin, std::int64_t end, std::int64_t* active, void* scratch) {
+  const Loops<T> loops = forward_loops<T>(a);
   Context<T> c = context<T>(a);
   const Columns<T> k = columns<T>(a, scratch);
-  if (!noisy) {
-    walk_rows<ForwardTile<T, kind, added, false>>(a, c, k, begin, end);
+  if (!a.noisy) {
+    walk_rows(loops, a, c, k, begin, end);
   } else {
     float* const noise = noise_in(scratch);
     std::int64_t bands = kNoiseBlock / (4 * a.period) * 4;  // in fours: whole groups of noise
@@ -353,17 +362,17 @@ void forward_rows_of(const NormAct& a, std::int64_t begin, std::int64_t end, std
       if (block > end - row) block = end - row;
       c.noise_at = row * a.channels;
       noise_rows(noise, row, row + block, a.channels, nullptr, 0, a.seed, stage_in(scratch));
-      walk_rows<ForwardTile<T, kind, added, true>>(a, c, k, row, row + block);
+      walk_rows(loops, a, c, k, row, row + block);
     }
   }
   fold(a, k);
   for (std::int64_t channel = 0; channel < a.channels; ++channel) active[channel] = k.count[channel];
 }
 
-template <class T, Kind kind, bool added>
-void sums_rows_of(const NormAct& a, std::int64_t begin, std::int64_t end, double (*sums)[2], void* scratch) {
+template <class T>
+void sums_rows(const NormAct& a, std::int64_t begin, std::int64_t end, double (*sums)[2], void* scratch) {
   const Columns<T> k = columns<T>(a, scratch);
-  walk_rows<GradientSumsTile<T, kind, added>>(a, context<T>(a), k, begin, end);
+  walk_rows(sums_loops<T>(a), a, context<T>(a), k, begin, end);
   fold(a, k);
   for (std::int64_t channel = 0; channel < a.channels; ++channel) {
     sums[channel][0] = k.a[channel];
@@ -371,58 +380,9 @@ void sums_rows_of(const NormAct& a, std::int64_t begin, std::int64_t end, double
   }
 }
 
-template <class T, Kind kind, bool added>
-void input_rows_of(const NormAct& a, std::int64_t begin, std::int64_t end, void* scratch) {
-  walk_rows<GradientInputTile<T, kind, added>>(a, context<T>(a), columns<T>(a, scratch), begin, end);
-}
-
-// ---- the table ------------------------------------------------------------------------------------------------
-
-// f<T, kind, added>(...) for the activation and residual of `a`; noisy: f<T, kind, added, noisy>.
-#define DEMP_BY_KIND(f, T, ...)                                                                      \
-  switch ((Act)a.act) {                                                                              \
-    case Act::relu: return a.added ? f<T, Kind::relu, true>(__VA_ARGS__) : f<T, Kind::relu, false>(__VA_ARGS__); \
-    case Act::leaky_relu:                                                                            \
-      return a.added ? f<T, Kind::leaky_relu, true>(__VA_ARGS__) : f<T, Kind::leaky_relu, false>(__VA_ARGS__); \
-    default: return a.added ? f<T, Kind::smooth, true>(__VA_ARGS__) : f<T, Kind::smooth, false>(__VA_ARGS__); \
-  }
-
-template <class T, Kind kind, bool added>
-void forward_planes_noise(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end,
-                          std::int64_t& active, void* scratch) {
-  return a.noisy ? forward_planes_of<T, kind, added, true>(a, channel, begin, end, active, scratch)
-                 : forward_planes_of<T, kind, added, false>(a, channel, begin, end, active, scratch);
-}
-template <class T, Kind kind, bool added>
-void forward_rows_noise(const NormAct& a, std::int64_t begin, std::int64_t end, std::int64_t* active, void* scratch) {
-  return a.noisy ? forward_rows_of<T, kind, added, true>(a, begin, end, active, scratch)
-                 : forward_rows_of<T, kind, added, false>(a, begin, end, active, scratch);
-}
-
-template <class T>
-void forward_planes(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end, std::int64_t& active,
-                    void* scratch) {
-  DEMP_BY_KIND(forward_planes_noise, T, a, channel, begin, end, active, scratch)
-}
-template <class T>
-void sums_planes(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end, double (&sums)[2]) {
-  DEMP_BY_KIND(sums_planes_of, T, a, channel, begin, end, sums)
-}
-template <class T>
-void input_planes(const NormAct& a, std::int64_t channel, std::int64_t begin, std::int64_t end) {
-  DEMP_BY_KIND(input_planes_of, T, a, channel, begin, end)
-}
-template <class T>
-void forward_rows(const NormAct& a, std::int64_t begin, std::int64_t end, std::int64_t* active, void* scratch) {
-  DEMP_BY_KIND(forward_rows_noise, T, a, begin, end, active, scratch)
-}
-template <class T>
-void sums_rows(const NormAct& a, std::int64_t begin, std::int64_t end, double (*sums)[2], void* scratch) {
-  DEMP_BY_KIND(sums_rows_of, T, a, begin, end, sums, scratch)
-}
 template <class T>
 void input_rows(const NormAct& a, std::int64_t begin, std::int64_t end, void* scratch) {
-  DEMP_BY_KIND(input_rows_of, T, a, begin, end, scratch)
+  walk_rows(input_loops<T>(a), a, context<T>(a), columns<T>(a, scratch), begin, end);
 }
 
 // clang-format off
@@ -447,7 +407,6 @@ constexpr NormActTable kNormActTable = {
 };
 #undef DEMP_EACH_TYPE
 #undef DEMP_EACH_WIDTH
-#undef DEMP_BY_KIND
 // clang-format on
 
 }  // namespace

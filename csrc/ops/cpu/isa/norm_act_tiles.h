@@ -8,8 +8,6 @@ namespace demp {
 namespace DEMP_ISA {
 namespace {
 
-enum class Kind { relu, leaky_relu, smooth };
-
 template <class T>
 struct Lanes {
   typedef Ops<T> O;
@@ -51,6 +49,19 @@ struct Place {
   std::int64_t at, byte, rows, stride, elements;
 };
 
+// A tile's loop is a function of its own, called through a pointer, so that what walks over planes and rows is compiled
+// once for all of them. Parameters and sums are copied in and out: through the references the compiler would have to read
+// them again after every store.
+template <class T, int W>
+using Loop = void (*)(const Context<T>&, Place, const PerChannel<T, W>&, Sums<T, W>&);
+
+template <class T>
+struct Loops {
+  Loop<T, Lanes<T>::large> wide;  // null where small tiles do
+  Loop<T, Lanes<T>::small> narrow, cut;
+  bool sums, counts;  // which of `Sums` are used
+};
+
 // Lanes below n; zero in the others.
 DEMP_INLINE F first_lanes(F v, std::int64_t n) {
   I32 index;
@@ -63,49 +74,83 @@ DEMP_INLINE D first_lanes(D v, std::int64_t n) {
   return (D)((I64)v & (I64)(index < n));
 }
 
-// The first n elements at p; zero in the other lanes. n <= 0 reads nothing.
+// The first n elements at p; zero in the other lanes. n <= 0 touches no memory.
+template <class T>
+DEMP_INLINE typename Lanes<T>::V load_first(const T* p, std::int64_t n) {
+  constexpr std::int64_t lanes = Lanes<T>::n;
+#if DEMP_ISA_LEVEL == 2
+  const unsigned mask = n <= 0 ? 0 : n >= lanes ? (1u << lanes) - 1 : (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) return (F)_mm512_maskz_loadu_ps((__mmask16)mask, p);
+  if constexpr (sizeof(T) == 8) return (D)_mm512_maskz_loadu_pd((__mmask8)mask, p);
+  T in[lanes];
+  _mm256_storeu_si256((__m256i*)in, _mm256_maskz_loadu_epi16((__mmask16)mask, p));
+#else
+  T in[lanes] = {};
+  if (n > 0) __builtin_memcpy(in, p, (std::size_t)(n < lanes ? n : lanes) * sizeof(T));
+#endif
+  return Ops<T>::load_wide(in);
+}
+
+template <class T>
+DEMP_INLINE void store_first(T* p, typename Lanes<T>::V v, std::int64_t n) {
+  constexpr std::int64_t lanes = Lanes<T>::n;
+#if DEMP_ISA_LEVEL == 2
+  const unsigned mask = n <= 0 ? 0 : n >= lanes ? (1u << lanes) - 1 : (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, (__mmask16)mask, (__m512)v);
+  } else if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, (__mmask8)mask, (__m512d)v);
+  } else {
+    T out[lanes];
+    Ops<T>::store_wide(out, v);
+    _mm256_mask_storeu_epi16(p, (__mmask16)mask, _mm256_loadu_si256((const __m256i*)out));
+  }
+#else
+  T out[lanes];
+  Ops<T>::store_wide(out, v);
+  if (n > 0) __builtin_memcpy(p, out, (std::size_t)(n < lanes ? n : lanes) * sizeof(T));
+#endif
+}
+
 template <bool cut, class T>
 DEMP_INLINE typename Lanes<T>::V load(const T* p, std::int64_t n) {
-  constexpr int lanes = Lanes<T>::n;
-  if (!cut || n >= lanes) return Ops<T>::load_wide(p);
-  T in[lanes] = {};
-  for (int i = 0; i < lanes - 1; ++i) {
-    if (i < n) in[i] = p[i];
-  }
-  return Ops<T>::load_wide(in);
+  if constexpr (cut) return load_first(p, n);
+  return Ops<T>::load_wide(p);
 }
 
 template <bool cut, class T>
 DEMP_INLINE void store(T* p, typename Lanes<T>::V v, std::int64_t n) {
-  constexpr int lanes = Lanes<T>::n;
-  if (!cut || n >= lanes) {
+  if constexpr (cut) {
+    store_first(p, v, n);
+  } else {
     Ops<T>::store_wide(p, v);
-    return;
-  }
-  T out[lanes];
-  Ops<T>::store_wide(out, v);
-  for (int i = 0; i < lanes - 1; ++i) {
-    if (i < n) p[i] = out[i];
   }
 }
 
-template <Kind kind, class T>
+// gelu, gelu_tanh and silu, and their derivatives. Calls, since they cost little beside the functions, and the loops, of
+// which there are many, get short.
+template <class V>
+static __attribute__((noinline)) V smooth_value(V z, Act act) {
+  if (act == Act::gelu) return activate<Act::gelu>(z, z);
+  if (act == Act::gelu_tanh) return activate<Act::gelu_tanh>(z, z);
+  return activate<Act::silu>(z, z);
+}
+template <class V>
+static __attribute__((noinline)) V smooth_slope(V z, Act act) {
+  if (act == Act::gelu) return derivative<Act::gelu>(z);
+  if (act == Act::gelu_tanh) return derivative<Act::gelu_tanh>(z);
+  return derivative<Act::silu>(z);
+}
+
+// What stands on a plain relu can be told at compile time; all other activations share their code.
+template <bool relu, class T>
 DEMP_INLINE typename Lanes<T>::V value(const Context<T>& c, typename Lanes<T>::V z, typename Lanes<T>::M::Mask live) {
   typedef typename Lanes<T>::I I;
   typedef typename Lanes<T>::V V;
   typedef typename Lanes<T>::M M;
-  if constexpr (kind == Kind::relu) return (V)M::keep(live, (I)z);
-  if constexpr (kind == Kind::leaky_relu) return (V)M::choose(live, (I)z, (I)(z * c.slope));
-  if (c.act == Act::gelu) return activate<Act::gelu>(z, z);
-  if (c.act == Act::gelu_tanh) return activate<Act::gelu_tanh>(z, z);
-  return activate<Act::silu>(z, z);
-}
-
-template <class T>
-DEMP_INLINE typename Lanes<T>::V smooth_slope(const Context<T>& c, typename Lanes<T>::V z) {
-  if (c.act == Act::gelu) return derivative<Act::gelu>(z);
-  if (c.act == Act::gelu_tanh) return derivative<Act::gelu_tanh>(z);
-  return derivative<Act::silu>(z);
+  if (relu) return (V)M::keep(live, (I)z);
+  if (c.act == Act::leaky_relu) return (V)M::choose(live, (I)z, (I)(z * c.slope));
+  return smooth_value(z, c.act);
 }
 
 DEMP_INLINE void noise_lanes(const float* p, F& v) { v = load_bytes<F>(p); }
@@ -115,10 +160,13 @@ DEMP_INLINE void noise_lanes(const float* p, D& v) { v = __builtin_convertvector
 template <class T_>
 struct StatisticsTile {
   typedef T_ T;
-  static constexpr bool sums = true, counts = false;
+  static constexpr bool sums_up = true, counts = false, wide = true;
 
   template <bool cut, int W>
-  DEMP_INLINE void run(const Context<T>& c, Place place, const PerChannel<T, W>& p, Sums<T, W>& s) {
+  static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
+    const Context<T> c = context;
+    const PerChannel<T, W> p = per_channel;
+    Sums<T, W> s = sums;
     constexpr int n = Lanes<T>::n;
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
       for (int w = 0; w < W; ++w) {
@@ -129,21 +177,26 @@ struct StatisticsTile {
         s.b[w] += d * d;
       }
     }
+    sums = s;
   }
 };
 
 // y, the active elements and, with a residual before relu or leaky_relu, their bits.
-template <class T_, Kind kind, bool added, bool noisy>
+template <class T_, bool relu, bool added>
 struct ForwardTile {
   typedef T_ T;
-  static constexpr bool sums = false, counts = true;
+  static constexpr bool sums_up = false, counts = true, wide = relu;
 
   template <bool cut, int W>
-  DEMP_INLINE void run(const Context<T>& c, Place place, const PerChannel<T, W>& p, Sums<T, W>& s) {
+  static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
+    const Context<T> c = context;
+    const PerChannel<T, W> p = per_channel;
+    Sums<T, W> s = sums;
     typedef typename Lanes<T>::V V;
     typedef typename Lanes<T>::I I;
     typedef typename Lanes<T>::M M;
     constexpr int n = Lanes<T>::n;
+    const bool keeps_bits = added && (relu || c.act == Act::leaky_relu);
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride, place.byte += place.stride / 8) {
       std::uint64_t bits = 0;
       for (int w = 0; w < W; ++w) {
@@ -153,24 +206,25 @@ struct ForwardTile {
         if (cut) z = first_lanes(z, left);
         const typename M::Mask live = M::active((I)z);
         s.count[w] = M::add(s.count[w], live);
-        V y = value<kind>(c, z, live);
-        if (noisy) {
+        V y = value<relu>(c, z, live);
+        if (c.noise) {
           V xi;
           noise_lanes(c.noise + (at - c.noise_at), xi);
           y += (V)M::keep(live, (I)(xi * c.noise_std));
         }
-        if (added && kind != Kind::smooth) bits |= to_bits<M>(live) << (w * n);
+        if (keeps_bits) bits |= to_bits<M>(live) << (w * n);
         store<cut>(c.y + at, y, left);
       }
-      if (added && kind != Kind::smooth) {
+      if (keeps_bits) {
         __builtin_memcpy(c.mask + place.byte, &bits, cut ? std::size_t(place.elements + 7) / 8 : std::size_t(W * n / 8));
       }
     }
+    sums = s;
   }
 };
 
 // dz = grad * act'(z): z again from x, or its sign from the bits. `centred` is x - mean.
-template <Kind kind, bool from_mask, bool added, bool cut, int W, class T>
+template <bool relu, bool added, bool cut, int W, class T>
 DEMP_INLINE typename Lanes<T>::V activation_gradient(const Context<T>& c, const PerChannel<T, W>& p, int w,
                                                      std::int64_t at, std::int64_t left, std::uint64_t bits,
                                                      typename Lanes<T>::V centred) {
@@ -178,16 +232,17 @@ DEMP_INLINE typename Lanes<T>::V activation_gradient(const Context<T>& c, const 
   typedef typename Lanes<T>::I I;
   typedef typename Lanes<T>::M M;
   const V grad = load<cut>(c.grad + at, left);
+  const bool linear = relu || c.act == Act::leaky_relu;
   typename M::Mask live;
-  if constexpr (from_mask) {
+  if (added && linear) {
     live = from_bits<M>(bits >> (w * Lanes<T>::n));
   } else {
     V z = centred * p.scale[w] + p.bias[w];
     if (added) z += load<cut>(c.residual + at, left);
-    if constexpr (kind == Kind::smooth) return grad * smooth_slope(c, z);
+    if (!linear) return grad * smooth_slope(z, c.act);
     live = M::active((I)z);
   }
-  if constexpr (kind == Kind::relu) return (V)M::keep(live, (I)grad);
+  if (relu) return (V)M::keep(live, (I)grad);
   return (V)M::choose(live, (I)grad, (I)(grad * c.slope));
 }
 
@@ -200,15 +255,19 @@ DEMP_INLINE std::uint64_t load_bits(const std::uint8_t* p, std::int64_t bytes) {
 }
 
 // a: sum of dz, b: of dz * (x - mean). With a residual, dz is its gradient.
-template <class T_, Kind kind, bool added>
+template <class T_, bool relu, bool added>
 struct GradientSumsTile {
   typedef T_ T;
-  static constexpr bool sums = true, counts = false, from_mask = added && kind != Kind::smooth;
+  static constexpr bool sums_up = true, counts = false, wide = relu;
 
   template <bool cut, int W>
-  DEMP_INLINE void run(const Context<T>& c, Place place, const PerChannel<T, W>& p, Sums<T, W>& s) {
+  static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
+    const Context<T> c = context;
+    const PerChannel<T, W> p = per_channel;
+    Sums<T, W> s = sums;
     typedef typename Lanes<T>::V V;
     constexpr int n = Lanes<T>::n;
+    const bool from_mask = added && (relu || c.act == Act::leaky_relu);
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride, place.byte += place.stride / 8) {
       std::uint64_t bits = 0;
       if (from_mask && !cut) __builtin_memcpy(&bits, c.mask + place.byte, std::size_t(W * n / 8));
@@ -216,24 +275,27 @@ struct GradientSumsTile {
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
         const V centred = load<cut>(c.x + at, left) - p.mean[w];
-        V dz = activation_gradient<kind, from_mask, added, cut, W>(c, p, w, at, left, bits, centred);
+        V dz = activation_gradient<relu, added, cut, W>(c, p, w, at, left, bits, centred);
         if (cut) dz = first_lanes(dz, left);
         if (added) store<cut>(c.grad_residual + at, dz, left);
         s.a[w] += dz;
         s.b[w] += dz * centred;
       }
     }
+    sums = s;
   }
 };
 
-// grad_x, with dz from the residual's gradient if there is one.
-template <class T_, Kind kind, bool added>
+// grad_x, with dz from the residual's gradient if there is one (`relu` is then of no account).
+template <class T_, bool relu, bool added>
 struct GradientInputTile {
   typedef T_ T;
-  static constexpr bool sums = false, counts = false;
+  static constexpr bool sums_up = false, counts = false, wide = relu;
 
   template <bool cut, int W>
-  DEMP_INLINE void run(const Context<T>& c, Place place, const PerChannel<T, W>& p, Sums<T, W>&) {
+  static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>&) {
+    const Context<T> c = context;
+    const PerChannel<T, W> p = per_channel;
     typedef typename Lanes<T>::V V;
     constexpr int n = Lanes<T>::n;
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
@@ -244,13 +306,24 @@ struct GradientInputTile {
         if constexpr (added) {
           dz = load<cut>(c.grad_residual + at, left);
         } else {
-          dz = activation_gradient<kind, false, false, cut, W>(c, p, w, at, left, 0, centred);
+          dz = activation_gradient<relu, false, cut, W>(c, p, w, at, left, 0, centred);
         }
         store<cut>(c.grad_x + at, dz * p.scale[w] - (centred * p.slope_back[w] + p.offset_back[w]), left);
       }
     }
   }
 };
+
+template <class Tile, class T = typename Tile::T>
+constexpr Loops<T> loops_of() {
+  constexpr int large = Lanes<T>::large, small = Lanes<T>::small;
+  if constexpr (Tile::wide && large > small) {
+    return {Tile::template run<false, large>, Tile::template run<false, small>, Tile::template run<true, small>,
+            Tile::sums_up, Tile::counts};
+  } else {
+    return {nullptr, Tile::template run<false, small>, Tile::template run<true, small>, Tile::sums_up, Tile::counts};
+  }
+}
 
 }  // namespace
 }  // namespace DEMP_ISA
