@@ -46,8 +46,8 @@ __device__ __forceinline__ void backward_groups(const Flat<T>& f, std::int64_t a
 }
 
 template <typename T, Kind kind, bool from_bits>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<Noise::none>) activation_backward(const Flat<T> f) {
-  constexpr int G = from_bits ? 8 : kPerWord<T>, M = kAtOnce<Noise::none>;
+__global__ void __launch_bounds__(kThreads, kMinBlocks) activation_backward(const Flat<T> f) {
+  constexpr int G = from_bits ? 8 : kPerWord<T>, M = kAtOnce<kind, Noise::none>;
   for (std::int64_t tile = blockIdx.x; tile * M * kThreads < f.groups; tile += gridDim.x) {
     const std::int64_t first = (tile * M * kThreads + threadIdx.x) * G;
     if constexpr (!kScalarOnly<T>) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<Noise::none>) activation_
 
 template <typename T, Kind kind, bool from_bits>
 void launch_backward(const ActivationBackward& a, cudaStream_t stream) {
-  constexpr int G = from_bits ? 8 : kPerWord<T>, M = kAtOnce<Noise::none>;
+  constexpr int G = from_bits ? 8 : kPerWord<T>, M = kAtOnce<kind, Noise::none>;
   const bool aligned = is_aligned(a.grad, 16) && is_aligned(a.result, 16) && (from_bits || is_aligned(a.saved, 16));
   const Flat<T> f{static_cast<const T*>(a.grad), static_cast<const T*>(a.saved), a.mask, static_cast<T*>(a.result),
                   a.elements, ceil_div<std::int64_t>(a.elements, G), {a.act, a.slope, 0.0, aligned}};

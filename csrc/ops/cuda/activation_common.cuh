@@ -53,15 +53,15 @@ enum class Noise {
 template <typename T, Noise noise>
 constexpr int kGroup = noise == Noise::none ? kPerWord<T> : 8;
 
-// Groups whose loads a thread has in flight: 64 bytes, 16 KiB a block. Where arithmetic takes the time anyway, more groups
-// would only make the code longer.
-template <Noise noise>
-constexpr int kAtOnce = noise == Noise::single ? 1 : 4;
+// Groups whose loads a thread has in flight: 64 bytes, 16 KiB a block. Fewer where arithmetic takes the time: ptxas works
+// on all groups at once and would spill (smooth activations on sm_100: 100 bytes with four groups), and a Philox call for
+// every element makes long code.
+template <Kind kind, Noise noise>
+constexpr int kAtOnce = noise == Noise::single ? 1 : kind == Kind::smooth ? 2 : 4;
 
-// Resident blocks that ptxas must leave registers for: 80 a thread without noise, 128 with it. Two blocks have 32 KiB of
-// loads in flight on a multiprocessor, more than an H100's bandwidth times its latency asks for (18 KiB).
-template <Noise noise>
-constexpr int kMinBlocks = noise == Noise::none ? 3 : 2;
+// Resident blocks that ptxas must leave registers for: up to 128 a thread. Two blocks have 32 KiB of loads in flight on a
+// multiprocessor, more than an H100's bandwidth times its latency asks for (18 KiB); a third would make sm_100 spill.
+constexpr int kMinBlocks = 2;
 
 template <typename W>
 struct Scalars {

@@ -83,8 +83,8 @@ __device__ __forceinline__ void add_block_count(unsigned count, unsigned long lo
 }
 
 template <typename T, Kind kind, Noise noise>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<noise>) activation_planes(const Planes<T> p) {
-  constexpr int G = kGroup<T, noise>, M = kAtOnce<noise>;
+__global__ void __launch_bounds__(kThreads, kMinBlocks) activation_planes(const Planes<T> p) {
+  constexpr int G = kGroup<T, noise>, M = kAtOnce<kind, noise>;
   const std::int64_t first = std::int64_t{blockIdx.y} * blockDim.x + threadIdx.x;
   PlaneWalk here{first / p.groups, first % p.groups};
   const std::uint64_t seed = noise == Noise::none ? 0 : static_cast<std::uint64_t>(*p.seed);
@@ -107,7 +107,7 @@ void launch_planes(const ActivationForward& a, const Scalars<Wide<T>>& scalars, 
   constexpr int G = kGroup<T, noise>;
   const std::int64_t plane_groups = a.inner / G, groups = plane_groups * a.outer;  // of a plane, of a channel
   const std::int64_t threads = std::min<std::int64_t>(kThreads, ceil_div<std::int64_t>(groups, kWarp) * kWarp);
-  const std::int64_t useful = ceil_div(groups, threads * kAtOnce<noise>);
+  const std::int64_t useful = ceil_div(groups, threads * kAtOnce<kind, noise>);
   const unsigned splits = clamp_grid(std::min(useful, ceil_div(wanted_blocks(), a.channels)), kMaxGridY);
   const std::int64_t step = threads * splits;
   const Planes<T> p{static_cast<const T*>(a.x), static_cast<T*>(a.y), reinterpret_cast<unsigned long long*>(a.active), a.mask, a.seed,

@@ -146,8 +146,8 @@ __device__ __forceinline__ void row_elements(const Rows<T>& r, std::int64_t colu
 }
 
 template <typename T, Kind kind, Noise noise>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<noise>) activation_rows(const Rows<T> r) {
-  constexpr int G = kGroup<T, noise>, M = kAtOnce<noise>;
+__global__ void __launch_bounds__(kThreads, kMinBlocks) activation_rows(const Rows<T> r) {
+  constexpr int G = kGroup<T, noise>, M = kAtOnce<kind, noise>;
   DEMP_DYNAMIC_SHARED(unsigned, counts);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
   for (int i = thread; i < r.slots; i += threads) counts[i] = 0;
@@ -212,7 +212,7 @@ void launch_rows(const ActivationForward& a, const Scalars<Wide<T>>& scalars, cu
   const std::int64_t blocks_x = ceil_div<std::int64_t>(groups, kThreads);
   const unsigned threads_x = static_cast<unsigned>(ceil_div(groups, blocks_x)), threads_y = kThreads / threads_x;
   const int slots = static_cast<int>(std::min<std::int64_t>(a.channels, std::int64_t{threads_x} * G / a.inner + 2));
-  const std::int64_t useful = ceil_div<std::int64_t>(long_rows, std::int64_t{threads_y} * kAtOnce<noise>);
+  const std::int64_t useful = ceil_div<std::int64_t>(long_rows, std::int64_t{threads_y} * kAtOnce<kind, noise>);
   const unsigned blocks_y = clamp_grid(std::min(useful, ceil_div(wanted_blocks(), blocks_x)), kMaxGridY);
   const Rows<T> r{static_cast<const T*>(a.x), static_cast<T*>(a.y), reinterpret_cast<unsigned long long*>(a.active), a.mask, a.seed,
                   a.outer * width, long_rows, columns, a.channels, a.inner, together, slots, scalars};

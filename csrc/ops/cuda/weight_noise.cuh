@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_noise(const NoisyWeight& w, std::int64_t qua
     if constexpr (N > 1) {
       uint4 word;
       std::memcpy(&word, x[m], 16);
-      *reinterpret_cast<uint4*>(data + m * w.columns) = word;
+      store_word(data + m * w.columns, word);
     } else {
       data[m * w.columns] = x[m][0];
     }

@@ -1,0 +1,64 @@
+"""What the built CUDA library says about its kernels without a device: `demp_kernels.kernel_table`."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import demp_kernels
+from demp_kernels import kernel_table
+from demp_kernels.kernel_table import Kernel
+
+LIBRARY = Path(demp_kernels.__file__).resolve().parent / "_C_cuda.so"
+
+
+@pytest.fixture(scope="module")
+def table() -> list[Kernel]:
+    if not LIBRARY.exists():
+        pytest.skip("_C_cuda was not built here (no nvcc, or a torch without CUDA); `demp info` says why")
+    try:
+        return kernel_table.kernel_table(LIBRARY)
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+
+
+def test_every_kernel_is_there(table: list[Kernel]) -> None:
+    names = {kernel.name.split()[0].rstrip(",") for kernel in table}
+    assert names == {"activation_planes", "activation_rows", "activation_backward", "weight_noise", "compact"}
+    for element in ("float32", "bfloat16", "float16"):
+        assert {kernel.name.split()[0] for kernel in table if kernel.element == element} >= {"activation_planes", "activation_rows"}
+
+
+def test_no_local_memory(table: list[Kernel]) -> None:
+    """No spills, and no arrays indexed at run time."""
+    assert [kernel for kernel in table if kernel.local] == []
+
+
+def test_words_of_16_bytes(table: list[Kernel]) -> None:
+    """float64 takes the way of single elements, except in lists."""
+    narrow = [k for k in table if (k.load, k.store) != (16, 16) and not (k.element == "float64" and "activation" in k.name)]
+    assert narrow == []
+
+
+def test_registers_leave_room_for_two_blocks(table: list[Kernel]) -> None:
+    """The occupancy that csrc/ops/cuda/activation_common.cuh counts on."""
+    assert [kernel for kernel in table if kernel.occupancy < 0.25] == []
+
+
+def test_no_global_atomics_in_hot_loops(table: list[Kernel]) -> None:
+    assert [kernel for kernel in table if kernel.atomics_in_hot_loops] == []
+
+
+def test_table_as_text(table: list[Kernel]) -> None:
+    lines = kernel_table.format_table(table).splitlines()
+    assert len(lines) == len(table) + 1 and lines[0].split()[:3] == ["kernel", "element", "arch"]
+
+
+def test_hot_loops_are_recognised() -> None:
+    """A loop with a wide load and an atomic is one; an atomic after it or in a loop of its own is not."""
+    loop = ["/*0010*/ LDG.E.128 R4, [R2] ;", "/*0020*/ {}", "/*0030*/ @P0 BRA 0x10 ;"]
+    inside = [line.format("REDG.E.ADD.64.STRONG.GPU [R2], R4 ;") for line in loop]
+    outside = [line.format("FADD R4, R4, R4 ;") for line in loop]
+    after = ["/*0040*/ REDG.E.ADD.64.STRONG.GPU [R2], R4 ;", "/*0050*/ @P1 BRA 0x40 ;"]
+    assert kernel_table.atomics_in_hot_loops(inside) == 1
+    assert kernel_table.atomics_in_hot_loops(outside + after) == 0
