@@ -4,15 +4,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
-from .bench import command as bench_command
 from .build_info import build_info
-from .recipes import train_command
 from .recipes.errors import RecipeError
 from .version import __version__
 
 __all__ = ["main"]
+
+COMMANDS = {
+    "train": (".recipes.train_command", "train with DemP, beside a dense baseline"),
+    "bench": (".bench.command", "measure the kernels beside PyTorch and a copy"),
+}
+"""Name -> (module, what it does). A module is imported when its command is called: its dependencies are optional."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,25 +28,37 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0, 2 for a request that cannot be met (one line says why), 130 after Ctrl-C."""
-    chosen, unknown = _parser().parse_known_args(arguments)
+    """Run a command. Returns its exit code: 0; 2 for a request that cannot be met, in one line; 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    name = next((argument for argument in arguments if not argument.startswith("-")), "")
     try:
+        chosen, unknown = _parser(name).parse_known_args(arguments)
         if unknown:
             raise RecipeError(f"unrecognized arguments: {' '.join(unknown)}")
         return chosen.run(chosen) or 0
     except RecipeError as error:
-        print(f"demp {chosen.command}: error: {error}", file=sys.stderr)
+        print(f"demp {name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _parser() -> Parser:
+def _parser(chosen: str) -> Parser:
     parser = Parser(prog="demp", description="PyTorch training that gets smaller and faster while it runs.")
     parser.add_argument("--version", action="version", version=f"demp_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=Parser)
-    train_command.add_parser(commands)
-    bench_command.add_parser(commands)
+    for name, (module, summary) in COMMANDS.items():
+        if name == chosen:
+            _command(name, module).add_parser(commands)
+        else:
+            commands.add_parser(name, help=summary)
     info = commands.add_parser("info", help="which kernels were built and are usable here, and why not")
-    info.set_defaults(run=lambda chosen: print(build_info()))
+    info.set_defaults(run=lambda _: print(build_info()))
     return parser
+
+
+def _command(name: str, module: str) -> Any:
+    try:
+        return import_module(module, __package__)
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"needs {error.name}, which is not installed: pip install 'demp-kernels[train]'") from error

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import RecipeError, need
-from .folder import SCANNED, FolderBatches, load_folder
+from .folder import SCANNED, FolderBatches, load_folder, too_few_images
 
 __all__ = ["DATA", "ImageData", "ImageTensors", "TensorBatches", "load_data"]
 
@@ -155,14 +155,14 @@ def read_fashion_mnist(folder: Path | None) -> ImageTensors:
     for name, file in zip(names, files):
         if file is None:
             raise RecipeError(f"data-dir is not a Fashion-MNIST folder: {folder} has no {name} or {name}.gz")
-    parts = [_read_idx(file, mnist.read_image_file if "images" in file.name else mnist.read_label_file) for file in files]
-    train_images, train_labels, test_images, test_labels = parts
+    readers = [mnist.read_image_file, mnist.read_label_file] * 2
+    train_images, train_labels, test_images, test_labels = map(_read_idx, files, readers)
     return ImageTensors(train_images[:, None], train_labels, test_images[:, None], test_labels, shift=2, flip=True)
 
 
 def read_cifar10(folder: Path | None) -> ImageTensors:
-    """CIFAR-10 by torchvision: from a folder with cifar-10-batches-py (or that folder itself, or cifar-10-python.tar.gz),
-    or its download."""
+    """CIFAR-10 by torchvision: from a folder with cifar-10-batches-py (or that folder itself, or
+    cifar-10-python.tar.gz), or its download."""
     cifar = need("torchvision.datasets.cifar", "data 'cifar10'")
 
     class Unverified(cifar.CIFAR10):
@@ -209,8 +209,8 @@ DATA: dict[str, Callable[[Path | None], ImageTensors] | None] = {
 
 
 def load_data(
-    name: str, folder: Path | None, *, batch_size: int, seed: int, device: torch.device, train_size: int | None = None,
-    image_size: int | None = None, channels: int | None = None, workers: int = 2,
+    name: str, folder: Path | None, *, batch_size: int, seed: int, device: torch.device,
+    train_size: int | None = None, image_size: int | None = None, channels: int | None = None, workers: int = 2,
 ) -> ImageData:
     """A data set by name.
 
@@ -232,8 +232,8 @@ def load_data(
     reader = DATA[name]
     if reader is None:
         classes, train, test, total = load_folder(
-            folder, batch_size=batch_size, seed=seed, device=device, train_size=train_size, image_size=image_size or 224,
-            workers=workers,
+            folder, batch_size=batch_size, seed=seed, device=device, train_size=train_size,
+            image_size=image_size or 224, workers=workers,
         )
         found_channels, size = 3, image_size or 224
     else:
@@ -244,7 +244,7 @@ def load_data(
         classes, total = int(tensors.train_labels.max()) + 1, len(tensors.train_labels)
         train, test = _batches(tensors, batch_size, seed, device, train_size, image_size, found_channels)
     if len(train) == 0:
-        raise RecipeError(f"batch-size must be at most the number of training images, {train.samples}, got {batch_size}")
+        raise too_few_images(train.samples, batch_size)
     return ImageData(name, classes, found_channels, size, train, test, total)
 
 
@@ -290,7 +290,7 @@ def _downloaded(name: str, download: Callable[[], object]) -> None:
     try:
         download()
     except Exception as error:  # network, disk and checksum errors come in many classes
-        raise RecipeError(f"{name} could not be downloaded ({_one_line(error)}); give its folder by data-dir") from error
+        raise RecipeError(f"{name} cannot be downloaded ({_one_line(error)}); name a folder: data-dir") from error
 
 
 def _plain_or_gz(path: Path) -> Path | None:

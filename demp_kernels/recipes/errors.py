@@ -8,7 +8,7 @@ __all__ = ["RecipeError", "need"]
 
 
 class RecipeError(ValueError):
-    """A request that cannot be met. Its text is one line that names what was asked, what is required, what was found."""
+    """A request that cannot be met. Its text is one line: what was asked, what is required, what was found."""
 
 
 def need(module: str, purpose: str) -> ModuleType:
@@ -17,4 +17,5 @@ def need(module: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
-        raise RecipeError(f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}") from error
+        reason = f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}"
+        raise RecipeError(reason) from error

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
 from .errors import RecipeError, need
 
-__all__ = ["FolderBatches", "load_folder"]
+__all__ = ["SCANNED", "FolderBatches", "load_folder", "too_few_images"]
 
 # mean and standard deviation of ImageNet's pixels (0..255), the usual ones for photographs
 MEAN = (123.675, 116.28, 103.53)
@@ -73,7 +73,7 @@ def load_folder(
         chosen = _fixed_order(total)[:train_size]
         train, plain = Subset(train, chosen), Subset(plain, chosen)
     if batch_size > len(train):
-        raise RecipeError(f"batch-size must be at most the number of training images, {len(train)}, got {batch_size}")
+        raise too_few_images(len(train), batch_size)
 
     def loader(images: Dataset, stay: bool = True, **options: Any) -> DataLoader:
         # every loader draws from a generator of its own, so that two runs of one seed see the same batches
@@ -83,14 +83,20 @@ def load_folder(
         )
 
     some = RandomSampler(plain, num_samples=min(SCANNED, len(plain)), generator=torch.Generator().manual_seed(seed))
-    training = FolderBatches(loader(train, shuffle=True, drop_last=True), device, loader(plain, stay=False, sampler=some))
+    plain_loader = loader(plain, stay=False, sampler=some)
+    training = FolderBatches(loader(train, shuffle=True, drop_last=True), device, plain_loader)
     return classes, training, FolderBatches(loader(test), device), total
+
+
+def too_few_images(images: int, batch_size: int) -> RecipeError:
+    return RecipeError(f"batch-size must be at most the number of training images, {images}, got {batch_size}")
 
 
 def _transforms(size: int) -> tuple[Any, Any]:
     transforms = need("torchvision.transforms", "data 'folder'")
     augmented = transforms.Compose([
-        transforms.RandomResizedCrop(size, scale=(0.25, 1.0)), transforms.RandomHorizontalFlip(), transforms.PILToTensor(),
+        transforms.RandomResizedCrop(size, scale=(0.25, 1.0)), transforms.RandomHorizontalFlip(),
+        transforms.PILToTensor(),
     ])
     centred = transforms.Compose([
         transforms.Resize(round(size * 8 / 7)), transforms.CenterCrop(size), transforms.PILToTensor(),

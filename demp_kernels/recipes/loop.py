@@ -70,8 +70,8 @@ class Training:
         settings: resolved. method: what to add to plain training. data: batches on the device.
         watchers: told of every logged row.
 
-    Equal settings give equal initial weights and equal batches, whatever the method. The optimiser is AdamW (fused) with
-    decoupled weight decay on all parameters; the learning rate follows one cycle.
+    Equal settings give equal initial weights and equal batches, whatever the method. The optimiser is AdamW (fused)
+    with decoupled weight decay on all parameters; the learning rate follows one cycle.
     """
 
     def __init__(self, settings: TrainSettings, method: Method, data: ImageData, watchers: list[Watcher]) -> None:
@@ -99,7 +99,8 @@ class Training:
             )
             method.attach(self.model, self.optimizer, Plan(settings, total_steps, steps_per_epoch, self._scan_batches))
         except (PrepareError, CompactionError, ValueError) as error:
-            raise RecipeError(f"{settings.model} cannot be trained with {method.name}: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).split())
+            raise RecipeError(f"{settings.model} cannot be trained with {method.name}: {reason}") from error
         self.result.setup_seconds = time.perf_counter() - began
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
@@ -180,7 +181,7 @@ class Training:
     def _log(self, loss: float, steps: int, accuracy: float | None) -> None:
         result = self.result
         if not math.isfinite(loss):
-            raise RecipeError(f"{result.name}: the loss is {loss} at step {result.steps}; lr {self.settings.lr} may be too high")
+            raise RecipeError(f"the loss of {result.name} is {loss} at step {result.steps}: try a lower lr")
         self.clock.flush()
         seconds = self.clock.seconds
         edge = max(1, min(len(self.data.train), result.total_steps // 10))
@@ -251,19 +252,19 @@ def new_model(settings: TrainSettings, data: ImageData) -> nn.Module:
     except (RuntimeError, ValueError, AssertionError) as error:
         size = f"{data.channels}x{data.image_size}x{data.image_size}"
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RecipeError(f"{settings.model} does not take images of {size}; image-size resizes them ({reason})") from error
+        raise RecipeError(f"{settings.model} does not take images of {size}; image-size resizes ({reason})") from error
     return model.train()
 
 
 def wants_channels_last(settings: TrainSettings, model: nn.Module) -> bool:
-    """As asked for; by default for convolutional networks: 1.2 to 1.9 times faster on CPUs, and what tensor cores want."""
+    """As asked for; by default for convolutional networks: 1.2 to 1.9 times faster on CPUs, good for tensor cores."""
     return is_convolutional(model) if settings.channels_last is None else settings.channels_last
 
 
 @contextmanager
 def _stop_between_steps() -> Iterator[list[bool]]:
-    """Yields a list that becomes non-empty at the first Ctrl-C, so that no step is cut in half; the second one interrupts
-    at once. Outside the main thread signals are left alone."""
+    """Yields a list that becomes non-empty at the first Ctrl-C, so that no step is cut in half; the second one
+    interrupts at once. Outside the main thread signals are left alone."""
     asked: list[bool] = []
 
     def on_signal(number: int, frame: Any) -> None:

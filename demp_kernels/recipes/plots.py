@@ -110,10 +110,8 @@ def layers_over_time(run: RunResult) -> str:
     with _figure(11.6, 0.9 + 0.27 * len(layers)) as (figure, svg):
         axes = figure.subplots()
         edges, _ = _steps_of(run, len)
-        shares = [
-            [live[layer] / run.total[layer] for _, live in run.units] for layer in layers
-        ]
-        mesh = axes.pcolormesh(edges, range(len(layers) + 1), shares, cmap="YlGnBu", vmin=0, vmax=1, rasterized=False)
+        shares = [[live[layer] / run.total[layer] for _, live in run.units] for layer in layers]
+        mesh = axes.pcolormesh(edges, range(len(layers) + 1), shares, cmap="YlGnBu", vmin=0, vmax=1)
         axes.invert_yaxis()
         axes.grid(False)
         axes.spines[["left", "bottom"]].set_visible(False)
@@ -123,8 +121,8 @@ def layers_over_time(run: RunResult) -> str:
         for row, layer in enumerate(layers):
             text = f"{run.live[layer]} of {run.total[layer]}"
             axes.annotate(
-                text, (1, row + 0.5), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="center",
-                fontsize=9,
+                text, (1, row + 0.5), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                va="center", fontsize=9,
             )
         bar = figure.colorbar(mesh, ax=axes, pad=0.09, fraction=0.025, format=lambda share, _: f"{share:.0%}")
         bar.outline.set_visible(False)

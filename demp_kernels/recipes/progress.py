@@ -28,7 +28,9 @@ class ProgressDisplay:
         self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bars.stop()
 
     def row(self, result: RunResult, row: dict[str, Any]) -> None:
@@ -43,7 +45,8 @@ class ProgressDisplay:
                 self._tasks[result.name] = self._bars.add_task(result.name, total=result.total_steps, text="")
             self._bars.update(self._tasks[result.name], completed=result.steps, text="  ".join(parts))
         elif row["accuracy"] is not None:
-            self._console.print(f"{result.name} epoch {row['epoch']}: {', '.join(parts)}", highlight=False, soft_wrap=True)
+            line = f"{result.name} epoch {row['epoch']}: {', '.join(parts)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

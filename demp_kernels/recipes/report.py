@@ -21,12 +21,14 @@ from .settings import TrainSettings
 __all__ = ["headline_rows", "summary", "terminal_table", "write_report", "write_summary"]
 
 
-def summary(runs: list[RunResult], settings: TrainSettings, data: ImageData, facts: dict[str, Any]) -> dict[str, Any]:
+def summary(
+    runs: list[RunResult], settings: TrainSettings, data: ImageData, facts: dict[str, Any]
+) -> dict[str, Any]:
     """What summary.json holds.
 
     accuracy is a share of 1; train_seconds leave evaluation out and include DemP's preparation and removals;
-    seconds_per_step_* are medians over the first and the last epoch (or tenth of the run, if that is shorter); speedup is
-    dense train_seconds / demp train_seconds. A run that was not made is null.
+    seconds_per_step_* are medians over the first and the last epoch (or tenth of the run, if that is shorter);
+    speedup is dense train_seconds / demp train_seconds. A run that was not made is null.
     """
     by_name = {run.name: run for run in runs}
     dense, demp = by_name.get("dense"), by_name.get("demp")
@@ -38,7 +40,7 @@ def summary(runs: list[RunResult], settings: TrainSettings, data: ImageData, fac
         "live_units": live,
         "total_units": total,
         "speedup": dense.train_seconds / demp.train_seconds if both else None,
-        "layers": {layer: {"live": demp.live[layer], "total": demp.total[layer]} for layer in demp.total} if demp else {},
+        "layers": {name: {"live": demp.live[name], "total": demp.total[name]} for name in demp.total} if demp else {},
         "interrupted": not all(run.finished for run in runs),
         "data": {
             "name": data.name, "train_images": data.train.samples, "train_images_there": data.train_total,
@@ -97,7 +99,8 @@ def terminal_table(content: dict[str, Any]) -> Table:
     titles, rows = headline_rows(content)
     table = Table(title_justify="left", box=box.SIMPLE_HEAD)
     for number, title in enumerate(titles):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True, style="bold" if title == "DemP" else None)
+        style = "bold" if title == plots.TITLES["demp"] else None
+        table.add_column(title, justify="right" if number else "left", no_wrap=True, style=style)
     for row in rows:
         table.add_row(*row)
     return table
@@ -151,12 +154,13 @@ def _cards(content: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _subtitle(content: dict[str, Any]) -> str:
-    settings, data = content["settings"], content["data"]
+    settings, data, machine = content["settings"], content["data"], content["machine"]
     width = f"width {settings['width']}, " if settings["width"] else ""
     return (
-        f"{width}{data['train_images']:,} training and {data['test_images']:,} test images, {settings['epochs']} epochs, "
-        f"batch {settings['batch_size']}, seed {settings['seed']}. {content['machine'].get('gpu') or content['machine']['processor']}, "
-        f"{content['machine']['threads']} threads, torch {content['versions']['torch']}. {content['date'][:10]}."
+        f"{width}{data['train_images']:,} training and {data['test_images']:,} test images, "
+        f"{settings['epochs']} epochs, batch {settings['batch_size']}, seed {settings['seed']}. "
+        f"{machine.get('gpu') or machine['processor']}, {machine['threads']} threads, "
+        f"torch {content['versions']['torch']}. {content['date'][:10]}."
     )
 
 

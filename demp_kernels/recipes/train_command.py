@@ -18,47 +18,65 @@ DESCRIPTION = """\
 Trains a dense network and the same one with DemP, whose dying units are removed on the way, under the same seed and
 budget. Prints a table; writes metrics.csv, units.csv, summary.json, report.html and checkpoints into --out."""
 
+# (group, flags); a flag without "type" or "action" is a text. What is not given keeps TrainSettings' default.
+FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
+    ("network and data", {
+        "--model": {"metavar": "NAME", "help":
+            f"{', '.join(MODELS)}, or a classification model of torchvision (default: resnet18)"},
+        "--width": {"type": int, "help": "channels of the first stage (vit: of a token, mlp: of a hidden layer)"},
+        "--data": {"metavar": "NAME", "help": f"{', '.join(DATA)} (default: digits)"},
+        "--data-dir": {"type": Path, "help":
+            "folder of the data; without it fashion-mnist and cifar10 are downloaded"},
+        "--image-size": {"type": int, "help": "resize images to NxN (default: as they are; folder: 224)"},
+        "--train-size": {"type": int, "help": "use N training images"},
+        "--workers": {"type": int, "help": "processes that decode images, for --data folder (default: 2)"},
+    }),
+    ("training", {
+        "--epochs": {"type": int, "help": "passes over the training images"},
+        "--batch-size": {"type": int, "help": "images a step"},
+        "--lr": {"type": float, "help": "peak of the one-cycle learning rate of AdamW"},
+        "--weight-decay": {"type": float, "help": "decoupled (default: 5e-4)"},
+        "--seed": {"type": int, "help": "of initial weights, batches and noise (default: 0)"},
+    }),
+    ("DemP", {
+        "--peak-penalty": {"type": float, "help": "peak weight of the L1 penalty: more removes more units"},
+        "--penalty-on": {"choices": PENALTY_TARGETS, "help":
+            "what is penalised (default: scales, or weights in a network without normalisation)"},
+        "--peak-noise": {"type": float, "help": "peak standard deviation of the weight noise (default: 5e-5)"},
+        "--prune-every": {"type": int, "help": "look for dead units every N steps (default: once an epoch)"},
+        "--criterion": {"choices": CRITERIA, "help":
+            "a unit is dead that was never active in the training steps since the last look (window, the default) or "
+            "in 1,536 training images (scan)"},
+        "--round-to": {"type": int, "help": "keep dead units so that widths are multiples of N"},
+        "--no-baseline": {"dest": "baseline", "action": "store_false", "help": "skip the dense run"},
+    }),
+    ("machine", {
+        "--device": {"metavar": "NAME", "help": "auto (default), cpu, cuda, cuda:N"},
+        "--threads": {"type": int, "help": "CPU threads (default: torch's choice)"},
+        "--amp": {"nargs": "?", "const": "bf16", "choices": AMP, "help":
+            "mixed precision; bf16 when no value is given"},
+        "--channels-last": {"action": argparse.BooleanOptionalAction, "help":
+            "memory layout (default: for convolutional networks)"},
+        "--compile": {"action": "store_true", "help": "torch.compile both networks"},
+    }),
+    ("output", {
+        "--out": {"type": Path, "help": "folder for the results (default: demp-run)"},
+        "--tensorboard": {"action": "store_true", "help": "log into DIR/tensorboard as well"},
+    }),
+]
+METAVARS = {int: "N", float: "X", Path: "DIR"}
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "train", help="train with DemP, beside a dense baseline", description=DESCRIPTION, epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        "train", description=DESCRIPTION, epilog=_epilog(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    what = parser.add_argument_group("network and data")
-    what.add_argument("--model", metavar="NAME", help=f"{', '.join(MODELS)}, or a classification model of torchvision (default: resnet18)")
-    what.add_argument("--width", type=int, metavar="N", help="channels of the first stage (vit: of the tokens, mlp: of a hidden layer)")
-    what.add_argument("--data", metavar="NAME", help=f"{', '.join(DATA)} (default: digits)")
-    what.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data; fashion-mnist and cifar10 are downloaded without it")
-    what.add_argument("--image-size", type=int, metavar="N", help="resize images to NxN (default: as they are; folder: 224)")
-    what.add_argument("--train-size", type=int, metavar="N", help="use N training images")
-    what.add_argument("--workers", type=int, metavar="N", help="processes that decode images, for --data folder (default: 2)")
-
-    how = parser.add_argument_group("training")
-    how.add_argument("--epochs", type=int, metavar="N")
-    how.add_argument("--batch-size", type=int, metavar="N")
-    how.add_argument("--lr", type=float, metavar="X", help="peak of the one-cycle learning rate (AdamW)")
-    how.add_argument("--weight-decay", type=float, metavar="X", help="decoupled (default: 5e-4)")
-    how.add_argument("--seed", type=int, metavar="N", help="of initial weights, batches and noise (default: 0)")
-
-    demp = parser.add_argument_group("DemP")
-    demp.add_argument("--peak-penalty", type=float, metavar="X", help="peak weight of the L1 penalty on the normalisation scales: more removes more")
-    demp.add_argument("--penalty-on", choices=PENALTY_TARGETS, help="what is penalised (default: scales, or weights in a network without normalisation)")
-    demp.add_argument("--peak-noise", type=float, metavar="X", help="peak standard deviation of the weight noise (default: 5e-5)")
-    demp.add_argument("--prune-every", type=int, metavar="STEPS", help="look for dead units this often (default: once an epoch)")
-    demp.add_argument("--criterion", choices=CRITERIA, help="dead is: never active in the training steps since the last look (window, the default), or in a scan of 1,536 training images (scan)")
-    demp.add_argument("--round-to", type=int, metavar="N", help="keep dead units so that widths are multiples of N")
-    demp.add_argument("--no-baseline", dest="baseline", action="store_false", help="skip the dense run")
-
-    where = parser.add_argument_group("machine")
-    where.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N")
-    where.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    where.add_argument("--amp", nargs="?", const="bf16", choices=AMP, help="mixed precision (bf16 when no value is given)")
-    where.add_argument("--channels-last", action=argparse.BooleanOptionalAction, help="memory layout (default: for convolutional networks)")
-    where.add_argument("--compile", action="store_true", help="torch.compile both networks")
-
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: demp-run)")
-    output.add_argument("--tensorboard", action="store_true", help="log to DIR/tensorboard as well")
+    for title, flags in FLAGS:
+        group = parser.add_argument_group(title)
+        for flag, options in flags.items():
+            metavar = METAVARS.get(options.get("type"))
+            group.add_argument(flag, **({"metavar": metavar} if metavar else {}), **options)
     parser.set_defaults(run=_run)
 
 

@@ -17,7 +17,7 @@ IDX_NAMES = {
 
 
 def pictures(count: int, side: int, channels: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(count, side, side, channels) uint8 images that show their class (a bright row block) and the labels, ten classes."""
+    """(count, side, side, channels) uint8 images that show their class as a bright block of rows, and the labels."""
     random = np.random.default_rng(seed)
     labels = np.arange(count, dtype=np.uint8) % 10
     images = random.integers(0, 60, (count, side, side, channels), dtype=np.uint8)

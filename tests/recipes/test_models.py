@@ -48,7 +48,7 @@ def test_torchvision_models_by_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"name": "resnet19"}, "model must be one of resnet18, vgg16, mlp, vit or a classification model of torchvision"),
+        ({"name": "resnet19"}, "must be one of resnet18, vgg16, mlp, vit or a classification model of torchvision"),
         ({"name": "fcn_resnet50"}, "got 'fcn_resnet50'"),
         ({"name": "resnet50", "width": 8}, "width applies to resnet18, vgg16, mlp, vit"),
         ({"name": "resnet50", "channels": 1}, "takes images of 3 channels, the data have 1"),

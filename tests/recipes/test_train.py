@@ -85,7 +85,8 @@ def test_output_without_a_terminal_is_plain_lines_and_the_table(finished: tuple[
     lines = finished[1].splitlines()
     assert "resnet18 of width 8 on digits: 640 of 1,437 training and 360 test images" in lines[0]
     assert sum(line.startswith("demp epoch") for line in lines) == 12
-    for text in ("accuracy", "units live / total", "parameters", "FLOPs a sample", "a step at the end", "training time"):
+    rows = ("accuracy", "units live / total", "parameters", "FLOPs a sample", "a step at the end", "training time")
+    for text in rows:
         assert any(line.strip().startswith(text) for line in lines)
     assert "\x1b" not in finished[1]
 
@@ -157,7 +158,9 @@ def test_ctrl_c_keeps_what_is_known(tmp_path: Path) -> None:
     try:
         deadline = time.monotonic() + 120
         log = tmp_path / "metrics.csv"
-        while process.poll() is None and time.monotonic() < deadline and not (log.exists() and "demp" in log.read_text()):
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and "demp" in log.read_text():
+                break
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
@@ -194,7 +197,7 @@ BAD = [
     (["--device", "cuda:99"], "device cuda:99 is not there"),
     (["--threads", "0"], "threads must be at least 1, got 0"),
     (["--amp", "fp16", "--device", "cpu"], "amp fp16 needs a CUDA device"),
-    (["--model", "alexnet", "--epochs", "1"], "alexnet does not take images of 3x8x8; image-size resizes them"),
+    (["--model", "alexnet", "--epochs", "1"], "alexnet does not take images of 3x8x8; image-size resizes"),
     (["--seeds", "1"], "unrecognized arguments: --seeds 1"),
     (["--out", "file"], "out must be a folder, got the file file"),
     (["--out", "file/below"], "out cannot be made: file/below"),
