@@ -115,7 +115,7 @@ def compaction_rows(name: str, machine: Machine, *, rounds: int = ROUNDS) -> lis
         if peer is not None:
             samples.setdefault("torch_pruning", []).append(peer())
     samples["demp"] = [sum(pair) for pair in zip(samples["plan"], samples["commit"])]
-    others = meter.share()
+    others = meter.share(torch.get_num_threads())
     return [
         row_of(
             Timing.of(seconds), machine, moved=2 * kept, op="compaction", function=name, noise=False, layout="nchw",

@@ -56,19 +56,20 @@ class Machine:
 
 
 class OthersMeter:
-    """How much of the machine other processes use, from its start to `share()`."""
+    """How much other processes are in the way, from its start to `share()`."""
 
     def __init__(self) -> None:
         self._wall, self._busy, self._own = time.perf_counter(), _busy_seconds(), time.process_time()
 
-    def share(self, own_elsewhere: float = 0.0) -> float | None:
-        """Their part of all cores' time; None where the system does not tell. own_elsewhere: CPU seconds that processes of
-        ours took meanwhile."""
+    def share(self, threads: int, own_elsewhere: float = 0.0) -> float | None:
+        """Their part of the time of the cores that our threads need: what others do on cores that we leave idle is not in the
+        way. None where the system does not tell. own_elsewhere: CPU seconds that other processes of ours took meanwhile."""
         wall, busy = time.perf_counter() - self._wall, _busy_seconds()
         if busy is None or self._busy is None or wall < 0.05:  # the system counts in hundredths of a second
             return None
-        others = busy - self._busy - (time.process_time() - self._own) - own_elsewhere
-        return max(others / (wall * (os.cpu_count() or 1)), 0.0)
+        others = (busy - self._busy - (time.process_time() - self._own) - own_elsewhere) / wall
+        spare = max((os.cpu_count() or 1) - threads, 0)
+        return max(others - spare, 0.0) / threads
 
 
 def _busy_seconds() -> float | None:

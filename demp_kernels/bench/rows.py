@@ -22,7 +22,7 @@ class Row:
     direction: forward, backward, both, in_place, step, .... variant: see `VARIANTS` in `cases`.
     *_ms: milliseconds of one call over `samples` samples. bytes: read and written by the op as it should be done, the copy:
     by the copy. gb_per_s: bytes / median. peak_bytes: most memory held by one call on top of its inputs; empty if unknown.
-    others: share of the machine's CPU time that other processes took meanwhile; empty if unknown.
+    others: share of the time of the cores that the threads need, taken by other processes meanwhile; empty if unknown.
     allocator: tuned (by `tune_allocator`), default or caching (CUDA). date: when the run began; rows that share it were
     measured together.
     """
@@ -154,7 +154,7 @@ class Group:
 SPREAD = 1.25
 """p80 / p20 of a copy up to which the machine counts as quiet."""
 OTHERS = 0.05
-"""Share of the machine's CPU time that other processes may take on a quiet machine. Every parallel op waits for its slowest
+"""What `others` may be on a quiet machine. Every parallel op waits for its slowest
 thread, so one busy core in the way costs a time slice (milliseconds), whatever the op."""
 
 _CASE = ("date", "device", "allocator", "threads", "op", "function", "noise", "layout", "dtype", "shape", "direction")

@@ -38,7 +38,7 @@ def run_case(case: Case, machine: Machine, device: torch.device, budget: Budget)
             calls = _working(case, case.variants(device, compile=with_compile))
             meter = OthersMeter()
             timings = measure(calls, seconds=budget.seconds, device=device)
-            others = meter.share()
+            others = meter.share(torch.get_num_threads())
             peaks = {name: peak_bytes(call, device) for name, call in calls.items()} if budget.memory else {}
     finally:
         if with_compile:

@@ -44,7 +44,7 @@ def step_rows(width: int, machine: Machine, *, batch: int = 128, side: int = 28,
                 seconds = worker.run(name)
                 if turn >= WARM_UP:
                     samples.setdefault(label, []).append(seconds)
-        others = meter.share(default.cpu_seconds + tuned.cpu_seconds - before)
+        others = meter.share(spec.threads, default.cpu_seconds + tuned.cpu_seconds - before)
     timings = {name: Timing.of(seconds) for name, seconds in samples.items() if not name.startswith("sites_")}
     timings |= _own_work(samples)
     machine = replace(machine, allocator="default and tuned")
