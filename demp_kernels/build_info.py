@@ -54,7 +54,8 @@ class BuildInfo:
     built_with_torch: str
     nvcc: str
     """The CUDA compiler that the build saw, or why it saw none."""
-    triton: str | None
+    triton: str
+    """The installed Triton and whether its kernels are in use, or why not."""
 
     def __str__(self) -> str:
         features = " ".join(name for name, present in self.cpu_features.items() if present)
@@ -68,7 +69,7 @@ class BuildInfo:
             "flags": self.flags or "-",
             "built with": f"torch {self.built_with_torch}" if self.built_with_torch else "no torch",
             "nvcc": self.nvcc or "-",
-            "triton": self.triton or "not installed",
+            "triton": self.triton,
         }
         return "\n".join([f"demp_kernels {self.version}", *(f"  {name:<12}{text}" for name, text in rows.items())])
 
@@ -91,7 +92,7 @@ def build_info() -> BuildInfo:
         flags=record.get("flags", ""),
         built_with_torch=record.get("torch", ""),
         nvcc=record.get("nvcc", ""),
-        triton=_installed("triton"),
+        triton=_triton(),
     )
 
 
@@ -107,19 +108,17 @@ def _library(name: str) -> LibraryInfo:
 
 def _devices() -> dict[str, str]:
     devices = {"cpu": "native" if "_C" in backend.loaded else "reference"}
-    if torch.cuda.is_available():
-        devices["cuda"] = "native" if "_C_cuda" in backend.loaded else _triton_or_reference()
+    gpu = "native" if "_C_cuda" in backend.loaded else "triton" if "triton" in backend.loaded else "reference"
+    if torch.cuda.is_available():  # NVIDIA, or AMD under ROCm
+        devices["cuda"] = gpu
     if torch.xpu.is_available():
-        devices["xpu"] = _triton_or_reference()
+        devices["xpu"] = gpu
     return devices
 
 
-def _triton_or_reference() -> str:
-    return "triton" if "triton" in backend.loaded else "reference"
-
-
-def _installed(distribution: str) -> str | None:
+def _triton() -> str:
     try:
-        return version(distribution)
+        installed = version("triton")
     except PackageNotFoundError:
-        return None
+        return "not installed"
+    return installed + ("" if "triton" in backend.loaded else f", not in use: {backend.reasons.get('triton', '')}")
