@@ -1,6 +1,7 @@
 """A compaction tried on fake tensors: the model's own forward, with the shapes that are planned."""
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ def validate(model: nn.Module, graph: UnitGraph, plan: Plan) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = next(model.parameters()).device
     rng = torch.get_rng_state()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log_disabled, log.disabled = log.disabled, True  # it would print a failure that is raised anyway
     try:
         with mode, torch.no_grad(), evaluation_mode(model), _planned_shapes(model, plan, mode):
             inputs = tree_map(lambda x: _fake(x, x.shape, device) if isinstance(x, Tensor) else x, graph.inputs)
@@ -40,6 +43,7 @@ def validate(model: nn.Module, graph: UnitGraph, plan: Plan) -> None:
             f"{_failing_module(model, error)} cannot run with the planned widths ({_widths(plan)}): {text[0]}"
         ) from error
     finally:
+        log.disabled = log_disabled
         torch.set_rng_state(rng)
     shapes = [tuple(t.shape) for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
     if shapes != graph.output_shapes:

@@ -95,6 +95,10 @@ def _unit_dim(module: nn.Module | None, x: Value) -> int | None:
     if isinstance(module, DemPActivation):
         dim = module.channel_dim % len(x.shape)
         return dim if x.unit_dims in ([], [dim]) else None
+    if not x.unit_dims and x.atoms.any():
+        # one unit is left: its dimension does not show, the usual place is taken
+        dim = 2 if len(x.shape) == 3 else 1
+        return dim if x.shape[dim] == 1 else None
     return x.unit_dims[0] if len(x.unit_dims) == 1 else None
 
 

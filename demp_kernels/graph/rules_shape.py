@@ -197,7 +197,7 @@ def stack(b: Builder, node: fx.Node) -> Value:
 def _join(b: Builder, values: list[Value | None], dim: int, shape: tuple[int, ...]) -> Value:
     values = [v for v in values if v is not None and v.shape != (0,)]
     dim %= len(shape)
-    if not any(dim in v.unit_dims for v in values):
+    if any(v.unit_dims for v in values) and not any(dim in v.unit_dims for v in values):
         full = np.broadcast_shapes(*(v.atoms.shape for v in values))
         for v in values[1:]:
             b.atoms.tie(values[0].atoms, v.atoms)

@@ -171,8 +171,11 @@ def enforce(model: nn.Module, dead: dict[str, Tensor], units: Callable[[str], Te
 
         def hook(module: nn.Module, _: object, out: Tensor, name: str = name, mask: Tensor = mask) -> Tensor:
             live = (~mask[units(name)]).to(out.dtype)
+            dim = getattr(module, "channel_dim", 1)
+            if live.numel() != out.shape[dim]:
+                return out  # the trial run on fake tensors of the planned widths
             shape = [1] * out.dim()
-            shape[getattr(module, "channel_dim", 1)] = -1
+            shape[dim] = -1
             return out * live.view(shape)
 
         handles.append(module.register_forward_hook(hook))
