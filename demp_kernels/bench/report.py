@@ -67,7 +67,8 @@ def readme_table(rows: Sequence[Row]) -> str:
     tuned = [row for row in rows if row.allocator != "default"] or rows
     sheets = [sheet for sheet in (_op_summary(tuned), _step_summary(rows), *_compactions(rows), goals_sheet(rows)) if sheet]
     opening = (
-        f"Measured by `demp bench`: {headline(tuned)}. Times are medians in ms; all columns of a line were measured in turns."
+        f"Measured by `demp bench`: {headline(tuned)}. Times are medians in ms; all columns of a line were measured in turns. "
+        "~: the machine was not quiet."
     )
     return "\n\n".join([opening, *(markdown_table(sheet) for sheet in sheets)])
 
@@ -79,7 +80,7 @@ def _op_summary(rows: Sequence[Row]) -> Sheet | None:
         if _in_summary(group):
             demp = group.rows["demp"]
             times = [_ms(group, name) for name in ("copy", "plain", "eager", "compile")]
-            lines.append((case_text(group), *times, f"**{milliseconds(demp.median_ms)}**", f"{demp.gb_per_s:.1f}"))
+            lines.append((case_text(group) + ("" if group.quiet else " ~"), *times, f"**{milliseconds(demp.median_ms)}**", f"{demp.gb_per_s:.1f}"))
     columns = ("op, data beyond the last cache", "copy", "PyTorch, no count", "eager", "torch.compile", "this package", "GB/s")
     return Sheet("ops", columns, lines) if lines else None
 
