@@ -19,10 +19,10 @@ from .launch import LARGE, on_device_of, wanted_programs, wide
 from .noise import consecutive, normals
 
 # Tunables. Four warps and 1024 elements give a thread 8: one or two 16-byte accesses. Rows are taken four at a time
-# because four positions share a Philox call; 512 quads make 2048 elements a step, of up to 128 columns, so that a warp
-# reads whole cache lines. Chosen by that reasoning; no GPU has timed them yet.
+# because four positions share a Philox call; 1024 quads give a thread 8 neighbours again, of up to 128 columns, so that a
+# warp reads whole cache lines. Chosen by that reasoning; no GPU has timed them yet.
 BLOCK = 1024
-ROW_QUADS = 512
+ROW_QUADS = 1024
 MAX_COLUMNS = 128
 
 

@@ -1,0 +1,84 @@
+"""The Triton kernels compiled for GPUs that are not here: NVIDIA sm_80, sm_90, sm_100 and AMD gfx942."""
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from demp_kernels import kernel_table  # noqa: E402
+from demp_kernels.ops.triton import activation, weight_noise  # noqa: E402
+from demp_kernels.ops.triton.channel_select import _select  # noqa: E402
+from demp_kernels.ops.triton.compact import BLOCK, FIELDS, _gather_list  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
+_FORWARD = dict(x="*bf16", y="*bf16", active="*i64", mask="*u8", seed="*i64", channels="i32", slope="fp32", noise_std="fp32")
+_NOISY = dict(ACTIVATION="relu", NOISE=True, MASK=True, WIDE=tl.float32, LARGE=False)
+_PLAIN = dict(ACTIVATION="gelu", NOISE=False, MASK=False, WIDE=tl.float32, LARGE=False)
+_PLANES = dict(_FORWARD, inner="i32", positions="i32")
+_ROWS = dict(_FORWARD, rows="i32")
+_GATHER = dict(source="*i32", target="*i32", index="*i64", outer="i32", source_columns="i32", target_columns="i32", column_units="i32")
+
+# kernel, types of its arguments, its constants, whether its loads must be 16 bytes wide
+KERNELS = {
+    "planes, noise": (activation._forward_planes, _PLANES, dict(_NOISY, BLOCK=activation.BLOCK), True),
+    "planes": (activation._forward_planes, _PLANES, dict(_PLAIN, BLOCK=activation.BLOCK), True),
+    "rows, noise": (activation._forward_rows, _ROWS, dict(_NOISY, QUADS=activation.ROW_QUADS // 64, COLUMNS=64), True),
+    "rows": (activation._forward_rows, _ROWS, dict(_PLAIN, QUADS=activation.ROW_QUADS // 64, COLUMNS=64), True),
+    "backward": (
+        activation._backward, dict(grad="*fp32", saved="*fp32", mask="*u8", result="*fp32", elements="i32", slope="fp32"),
+        dict(ACTIVATION="silu", FROM_BITS=False, WIDE=tl.float32, BLOCK=activation.BLOCK), True,
+    ),
+    "weight noise": (
+        weight_noise._add, dict(table="*i64", seed="*i64", std="fp32", programs="i32"),
+        dict(DTYPE=tl.float32, WIDE=tl.float32, ITEMS=weight_noise.ITEMS, FIELDS=weight_noise.FIELDS), False,
+    ),
+    "compact": (
+        _gather_list, dict(table="*i64", programs="i32"), dict(UNIT=tl.int32, BLOCK=BLOCK, FIELDS=FIELDS), False,
+    ),
+    "channel_select": (_select, _GATHER, dict(BLOCK=BLOCK), False),
+}  # fmt: skip
+
+
+def _compile(name: str, target: str) -> object:
+    kernel, types, constants, _ = KERNELS[name]
+    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
+    assert {argument for argument, kind in signature.items() if kind == "constexpr"} == set(constants)
+    # Pointers and sizes are multiples of 16, as they are for most layers: Triton then makes a variant of its own.
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"
+    }
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=TARGETS[target], options=dict(num_warps=4))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles(name: str, target: str, tmp_path: Path) -> None:
+    compiled = _compile(name, target)
+    wide = KERNELS[name][3]
+    if target == "gfx942":
+        code = compiled.asm["amdgcn"]
+        assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", code) == ["0"]
+        assert not wide or "load_dwordx4" in code
+        return
+    assert not wide or re.search(r"ld\.global[.\w]*\.v4\.b32", compiled.asm["ptx"])
+    try:
+        tool = kernel_table.find_cuobjdump()
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups())
+    assert stack == 0 and local == 0
+    assert registers <= 128  # four blocks of 128 threads on a multiprocessor
