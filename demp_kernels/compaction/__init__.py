@@ -1,7 +1,7 @@
 """Physical removal of dead units: plan, validate on fake tensors, commit."""
 from __future__ import annotations
 
-from .compact import apply_saved, compact, plan_to_dict
+from .entry import apply_saved, compact, plan_to_dict
 from .plan import CompactionError
 from .report import CompactionReport
 
