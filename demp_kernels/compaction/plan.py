@@ -81,8 +81,7 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
     _add_blocks(plan, modules, graph, indices)
     plan.selections = _selections(modules, graph, keep, next(model.parameters()).device)
     for path, attribute, atoms in graph.attributes:
-        stays = keep.atoms[atoms]
-        count = int((stays.any(1) if stays.ndim == 2 else stays).sum())
+        count = graph.count(atoms, keep.atoms)
         if count != len(atoms):
             plan.attributes.append((modules[path], attribute, count))
     plan.counters = _counters(modules, graph, keep)
@@ -130,22 +129,15 @@ def _tensor(modules: dict[str, nn.Module], name: str) -> Tensor | None:
 def _selections(
     modules: dict[str, nn.Module], graph: UnitGraph, keep: Keep, device: torch.device
 ) -> list[SelectionChange]:
-    """Where each kept channel of a sum is found among the kept channels of its skip."""
     changes = []
     for selection in graph.selections:
-        link = next(step for step in graph.flow.steps if step.slot == selection.out).links[0]
-        skip, out = keep.atoms[graph.flow.atoms(selection.skip)], keep.atoms[graph.flow.atoms(selection.out)]
-        place = np.where(skip, np.cumsum(skip) - 1, -1)
-        full = np.full(out.size, -1, np.int64)
-        full[link.target] = place[link.source]
-        index = full[out]
         module = modules[selection.name]
-        if np.array_equal(index, np.arange(int(skip.sum()))):
-            if module.index is not None:
-                changes.append(SelectionChange(module, None, 0))
-            continue
-        on = module.index.device if module.index is not None else device
-        changes.append(SelectionChange(module, torch.from_numpy(index).to(on), int(skip.sum())))
+        index, channels = graph.selection_index(selection, keep.atoms)
+        if index is not None:
+            on = module.index.device if module.index is not None else device
+            changes.append(SelectionChange(module, torch.from_numpy(index).to(on), channels))
+        elif module.index is not None:
+            changes.append(SelectionChange(module, None, 0))
     return changes
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,15 @@ from torch import Tensor, fx, nn
 from .atoms import PINNED, Atoms
 from .capture import Capture, origin
 from .flow import Flow, Link, Step
+from .values import Activation, Balance, Floor, Parameter, ParameterAxis, Selection, Value, along
 
-__all__ = ["Activation", "Balance", "Builder", "Floor", "ParameterAxis", "Selection", "Value", "along", "rule"]
+__all__ = ["Builder", "VIEW_RULES", "rule"]
 
 Rule = Callable[["Builder", fx.Node], Any]
 RULES: dict[Any, Rule] = {}
+
+VIEW_RULES: set[Rule] = set()
+"""Rules of ops that give sizes."""
 
 # A parameter that is used as a plain value is followed entry by entry; above this size it is kept whole.
 LARGEST_FOLLOWED = 1 << 20
@@ -39,90 +42,13 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
-@dataclass
-class Value:
-    """A tensor of the graph.
-
-    atoms: broadcastable to `shape`; a dimension of size 1 is uniform, another one carries units.
-    slot: its entries in the flow, one per element of `atoms`.
-    storage: a token shared by the views of one memory.
-    """
-
-    shape: tuple[int, ...]
-    atoms: np.ndarray
-    slot: int
-    storage: object = field(default_factory=object)
-
-    @property
-    def unit_dims(self) -> list[int]:
-        return [d for d, size in enumerate(self.atoms.shape) if size > 1]
-
-    def axis(self, dim: int) -> np.ndarray:
-        """Atoms along one dimension, (shape[dim],). All others must be uniform."""
-        return np.broadcast_to(self.atoms.reshape(-1), (self.shape[dim],))
-
-
-@dataclass
-class Parameter:
-    """A parameter or buffer of the model, before it is used as a value. `dims[d]` is the parameter's own dimension
-    that dimension d of this (possibly transposed) view of it shows."""
-
-    name: str
-    shape: tuple[int, ...]
-    dims: tuple[int, ...]
-
-
-@dataclass
-class ParameterAxis:
-    """Atoms of the entries along one dimension of a parameter or buffer."""
-
-    name: str
-    dim: int
-    atoms: np.ndarray
-
-
-@dataclass
-class Activation:
-    """One call of an activation: `name` is the module's path, `slots` its output in each captured graph."""
-
-    name: str
-    atoms: np.ndarray
-    slots: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Selection:
-    """A SelectiveAdd: `skip` is the slot of its second operand, `out` that of the selected one."""
-
-    name: str
-    skip: int
-    out: int
-
-
-@dataclass
-class Floor:
-    """At least `count` of `atoms` must stay (all, if there are fewer)."""
-
-    atoms: np.ndarray
-    count: int
-    reason: str
-
-
-@dataclass
-class Balance:
-    """A grouped convolution: its groups keep equal numbers of inputs, and of outputs. `inputs`, `outputs`: (groups,
-    units a group). A group of which nothing stays goes as a whole."""
-
-    weight: str
-    inputs: np.ndarray
-    outputs: np.ndarray
-
-
 class Builder:
     """State of one analysis. Rules read values with `value`, and make new ones with the methods below it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, choices: dict[fx.Node, int] | None = None) -> None:
         self.model = model
+        self.choices = choices or {}
+        """Nodes whose first reading turned out wrong: how many of their readings are ruled out."""
         self.atoms = Atoms()
         self.flow = Flow()
         self.axes: dict[tuple[str, int], ParameterAxis] = {}
@@ -133,6 +59,10 @@ class Builder:
         self.floors: list[Floor] = []
         self.balances: list[Balance] = []
         self.env: dict[fx.Node, Any] = {}
+        self.views: set[fx.Node] = set()
+        """Nodes that give sizes, whose rule looks at `choices` itself."""
+        self.splits: set[fx.Node] = set()
+        """Those of them that split a dimension with units, which can be read in several ways."""
         self._uniform_slot = self.flow.add_slot(np.zeros(1, np.int64))
         self._blocks_seen: dict[str, Value] = {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
@@ -178,6 +108,10 @@ class Builder:
 
     def _call(self, node: fx.Node) -> Any:
         found = RULES.get(node.target)
+        if found in VIEW_RULES:
+            self.views.add(node)
+        if node in self.choices and node not in self.views:
+            return self.opaque(node, f"sizes are written down in {origin(node)}")
         result = found(self, node) if found is not None else NotImplemented
         return self.opaque(node) if result is NotImplemented else result
 
@@ -313,9 +247,9 @@ class Builder:
             return self.same(x, shape)
         return self.derive(x.shape if shape is None else shape, x.atoms, "affine", [Link(x.slot)])
 
-    def opaque(self, node: fx.Node) -> Any:
+    def opaque(self, node: fx.Node, reason: str = "") -> Any:
         """Output of an op that is not followed: everything that goes in is kept whole."""
-        reason = f"{origin(node)} is not followed"
+        reason = reason or f"{origin(node)} is not followed"
         for source in node.all_input_nodes:
             parameter = self.parameter(source)
             if parameter is None:
@@ -407,16 +341,12 @@ class Builder:
     def attribute(self, path: str, name: str, atoms: np.ndarray) -> None:
         """The module at `path` states the number of these entries in its attribute `name`. Of two-dimensional atoms,
         (groups, units), the groups are counted."""
-        module = self._modules.get(path)
-        if module is not None and getattr(module, name, None) == atoms.shape[0]:
+        if self.states(path, name, atoms.shape[0]):
             self.attributes.append((path, name, atoms))
 
-
-def along(atoms: np.ndarray, dim: int, rank: int) -> np.ndarray:
-    """A vector as an array of the given rank that varies along `dim` only."""
-    shape = [1] * rank
-    shape[dim] = atoms.size
-    return atoms.reshape(shape)
+    def states(self, path: str, name: str, number: int) -> bool:
+        """Whether the module at `path` has an attribute of that name and number."""
+        return getattr(self._modules.get(path), name, None) == number
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

@@ -1,6 +1,7 @@
 """The ATen graph of a model, captured by `torch.export` without touching the model."""
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "origin"]
+__all__ = ["AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "origin", "quiet_fake_tensors", "source_line"]
 
 
 class AnalysisError(ValueError):
@@ -87,14 +88,31 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], *, leaves_only: bool = Fa
     return Capture(list(program.graph.nodes), {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
 
 
+@contextmanager
+def quiet_fake_tensors() -> Iterator[None]:
+    """Without the log of failures on fake tensors, which are raised anyway."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _TORCH = str(Path(torch.__file__).parent)
 
 
+def source_line(node: fx.Node) -> tuple[str, int] | None:
+    """File and line of the model's code that made a node: the innermost outside torch."""
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith(_TORCH)]
+    return (frames[-1][0], int(frames[-1][1])) if frames else None
+
+
 def origin(node: fx.Node) -> str:
-    """Where a node comes from, for messages: op, module path and the innermost source line outside torch."""
+    """Where a node comes from, for messages: op, module path and source line."""
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
     text = f"{getattr(node.target, '__name__', node.target)} in {path or 'the model'}"
-    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith((_TORCH, "<"))]
-    return f"{text} ({Path(frames[-1][0]).name}:{frames[-1][1]})" if frames else text
+    line = source_line(node)
+    return text if line is None or line[0].startswith("<") else f"{text} ({Path(line[0]).name}:{line[1]})"

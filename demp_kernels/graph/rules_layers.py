@@ -5,9 +5,10 @@ import numpy as np
 import torch
 from torch import fx
 
-from .builder import Balance, Builder, Floor, Parameter, Value, along, rule
+from .builder import Builder, rule
 from .capture import origin
 from .flow import Link
+from .values import Balance, Floor, Parameter, Value, along
 
 aten = torch.ops.aten
 
@@ -85,6 +86,8 @@ def _grouped(
 ) -> Value:
     """Depthwise: an output goes with its input. Otherwise the groups keep equal numbers of inputs and of outputs."""
     shape, path = output_shape(node), b.owner(node)[0]
+    if not b.states(path, "groups", groups):
+        return NotImplemented  # a number written down: it would not follow
     x = b.full_axis(x, 1)
     channels = x.axis(1)
     b.attribute(path, "in_channels", channels)
@@ -205,12 +208,13 @@ def instance_norm(b: Builder, node: fx.Node) -> Value:
 def group_norm(b: Builder, node: fx.Node) -> Value:
     """Statistics over a group: removing one of its channels would change the others, so a group goes as a whole."""
     x_node, groups, *parameters = arguments(node, "input", "num_groups", "weight", "bias")
-    x = b.value(x_node)
-    out = _channel_norm(b, node, [x_node, *parameters]) if x is not None else NotImplemented
+    path, _ = b.owner(node)
+    if not b.states(path, "num_groups", groups):
+        return NotImplemented  # a number written down: it would not follow
+    out = _channel_norm(b, node, [x_node, *parameters])
     if isinstance(out, Value) and out.atoms.size == out.shape[1]:
         members = out.axis(1).reshape(groups, -1)
         b.atoms.tie(members, members[:, :1])
-        path, _ = b.owner(node)
         b.attribute(path, "num_groups", members)
         b.attribute(path, "num_channels", out.axis(1))
     return out

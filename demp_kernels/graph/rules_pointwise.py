@@ -8,10 +8,11 @@ import torch
 from torch import fx, nn
 
 from ..modules import DemPActivation
-from .builder import Builder, Selection, Value, along, rule
+from .builder import Builder, rule
 from .capture import origin
 from .flow import Link
 from .rules_layers import arguments, output_shape
+from .values import Selection, Value, along
 
 aten = torch.ops.aten
 

@@ -5,10 +5,11 @@ import torch
 from torch import fx
 
 from ..ops import channel_select  # noqa: F401  (defines the op that `channel_selection` is the rule of)
-from .builder import Builder, Value, rule
+from .builder import Builder, rule
 from .capture import origin
 from .rules_layers import arguments, output_shape
 from .rules_pointwise import channel_selection
+from .values import Value
 
 aten = torch.ops.aten
 

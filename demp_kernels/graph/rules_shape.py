@@ -5,10 +5,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from .builder import Builder, Value, along, rule
+from .builder import VIEW_RULES, Builder, rule
 from .capture import origin
 from .flow import Link
 from .rules_layers import arguments, output_shape
+from .values import Value, along
 
 aten = torch.ops.aten
 
@@ -25,8 +26,9 @@ def view(b: Builder, node: fx.Node) -> Value:
     """Any change of shape that keeps the order of the elements.
 
     A dimension that swallows units and others (flatten) has an entry for each element. Where a unit dimension is split
-    in several (channel shuffle), only whole slabs of it can go: the longest part keeps its own units, and units that
-    differ along the other parts are tied.
+    in several (channel shuffle), only whole slabs of it can go: one part keeps its own units, and units that differ
+    along the other parts are tied. Which part that is only the model's code knows: the longest is tried first, and the
+    others if the probe finds that wrong.
     """
     x = b.value(node.args[0])
     if x is None:
@@ -37,7 +39,14 @@ def view(b: Builder, node: fx.Node) -> Value:
     order = _reshape(np.arange(x.atoms.size).reshape(x.atoms.shape), x.shape, shape)
     full = x.atoms.ravel()[order]
     first = full[tuple(slice(0, 1) if _constant(full, d) else slice(None) for d in range(full.ndim))]
-    _keep_box(b, first)
+    varying = sorted((d for d, size in enumerate(first.shape) if size > 1), key=lambda d: (-first.shape[d], -d))
+    ruled_out = b.choices.get(node, 0)
+    if ruled_out >= len(varying):
+        return b.opaque(node, f"sizes are written down in {origin(node)}")
+    if len(varying) > 1:
+        b.splits.add(node)
+        own = varying[ruled_out]
+        b.atoms.tie(first, first[tuple(slice(None) if d == own else slice(0, 1) for d in range(first.ndim))])
     flat = order.ravel()
     if first.shape == full.shape and np.array_equal(flat, np.arange(x.atoms.size)):
         return Value(shape, first, x.slot, x.storage)
@@ -85,11 +94,7 @@ def _constant(array: np.ndarray, dim: int) -> bool:
     return array.shape[dim] > 1 and bool((array == array.take([0], dim)).all())
 
 
-def _keep_box(b: Builder, atoms: np.ndarray) -> None:
-    varying = [d for d, size in enumerate(atoms.shape) if size > 1]
-    if len(varying) > 1:
-        longest = max(varying, key=lambda d: (atoms.shape[d], d))
-        b.atoms.tie(atoms, atoms[tuple(slice(None) if d == longest else slice(0, 1) for d in range(atoms.ndim))])
+VIEW_RULES.add(view)
 
 
 @rule("expand.default", "expand_as.default")

@@ -7,16 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from . import rules_layers, rules_pointwise, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
 from .atoms import PINNED
-from .builder import Balance, Builder
+from .builder import Builder
 from .capture import as_tuple, capture, materialise
 from .flow import Flow
 from .gates import find_gates
+from .probe import find_written_sizes
+from .trial import Widths
+from .values import Balance, Selection
 
 __all__ = ["ActivationUnits", "Keep", "UnitGraph", "WidthFloor"]
+
+
+ATTEMPTS = 50
+"""How often the analysis is corrected by what the probe finds, before its plans have to be tried one by one."""
 
 
 @dataclass
@@ -80,6 +88,7 @@ class UnitGraph:
         def number(atoms: np.ndarray) -> np.ndarray:
             return np.searchsorted(classes, roots[atoms])
 
+        self.number = number
         self.flow: Flow = built.flow
         self.flow.atom_of = np.searchsorted(classes, built.flow.atom_of)
         self.classes: int = classes.size
@@ -104,6 +113,8 @@ class UnitGraph:
         self.output_shapes = built.output_shapes
         self.untraced = untraced
         self.total_units: dict[str, int] = {a.name: a.total for a in self.activations}
+        self.proved = False
+        """Whether the model itself, with some of everything removed, had the shapes that the analysis expects."""
         self._gates: dict[str, str] | None = None
 
     @classmethod
@@ -121,17 +132,27 @@ class UnitGraph:
         if not isinstance(model, nn.Module):
             raise TypeError(f"UnitGraph.trace: model must be an nn.Module, got {type(model).__name__}")
         inputs = materialise(model, as_tuple(example_inputs))
-        builder = Builder(model)
-        builder.run(capture(model, inputs))
-        untraced = _untraced(model, builder)
-        if untraced:
-            # heads that run in training only read units too; their graph shares parameters and units with the first
-            builder.run(capture(model, inputs, leaves_only=True))
+        captures = [capture(model, inputs)]
+        choices: dict[fx.Node, int] = {}
+        for _ in range(ATTEMPTS):
+            builder = Builder(model, choices)
+            builder.run(captures[0])
             untraced = _untraced(model, builder)
-        specifications = torch.utils._pytree.tree_map(
-            lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, inputs
-        )
-        return cls(builder, specifications, untraced)
+            if untraced:
+                # heads that run in training only read units too; their graph shares parameters and units with the first
+                if len(captures) == 1:
+                    captures.append(capture(model, inputs, leaves_only=True))
+                builder.run(captures[1])
+                untraced = _untraced(model, builder)
+            graph = cls(builder, _without_memory(inputs), untraced)
+            wrong = find_written_sizes(model, graph, builder, captures)
+            graph.proved = wrong == []
+            del graph.number
+            if not wrong:
+                break
+            for node in wrong:
+                choices[node] = choices.get(node, 0) + 1
+        return graph
 
     # --- what there is ---
 
@@ -190,33 +211,69 @@ class UnitGraph:
         """What has to stay when the units `dead` are zero; see `Keep`. `keep_masks` gives it by parameter."""
         live = self.flow.live(self.masks(dead))
         widened: dict[str, int] = {}
-
-        def widen(kept: np.ndarray) -> np.ndarray:
-            kept = kept.copy()
-            added: list[np.ndarray] = []
-            wanted = [(a.name, a.atoms, max(min_units, -(-int(kept[a.atoms].sum()) // round_to) * round_to))
-                      for a in self.activations]
-            for reason, atoms, count in wanted + [(f.reason, f.atoms, f.count) for f in self.floors]:
-                extra = _first(atoms, kept, count)
-                if extra.size:
-                    kept[extra] = True
-                    added.append(extra)
-                    widened[reason] = widened.get(reason, 0) + extra.size
-            for balance in self.balances:
-                extra = _balancing(balance, kept)
-                if extra.size:
-                    kept[extra] = True
-                    added.append(extra)
-                    reason = f"the groups of {balance.weight} keep equal sizes"
-                    widened[reason] = widened.get(reason, 0) + extra.size
-            return np.concatenate(added) if added else np.empty(0, np.int64)
-
-        kept = self.flow.kept(live, self.classes, np.nonzero(self.is_pinned)[0], widen)[0]
+        pinned = np.nonzero(self.is_pinned)[0]
+        kept = self.flow.kept(live, self.classes, pinned, lambda k: self.to_widen(k, widened, round_to, min_units))[0]
         return Keep(kept, widened)
+
+    def to_widen(self, kept: np.ndarray, widened: dict[str, int], round_to: int, min_units: int) -> np.ndarray:
+        """Classes to keep besides `kept` because of widths; counted in `widened` by activation or reason."""
+        kept = kept.copy()
+        added: list[np.ndarray] = [np.empty(0, np.int64)]
+
+        def keep(extra: np.ndarray, reason: str) -> None:
+            if extra.size:
+                kept[extra] = True
+                added.append(extra)
+                widened[reason] = widened.get(reason, 0) + extra.size
+
+        for a in self.activations:
+            count = max(min_units, -(-int(kept[a.atoms].sum()) // round_to) * round_to)
+            keep(_first(a.atoms, kept, count), a.name)
+        for floor in self.floors:
+            keep(_first(floor.atoms, kept, floor.count), floor.reason)
+        for balance in self.balances:
+            keep(_balancing(balance, kept), f"the groups of {balance.weight} keep equal sizes")
+        return np.concatenate(added)
 
     def keep_masks(self, keep: Keep) -> dict[tuple[str, int], Tensor]:
         """(parameter or buffer name, dimension) -> (size,) bool: entries that stay."""
         return {key: torch.from_numpy(keep.atoms[atoms]) for key, atoms in self.axes.items()}
+
+    def widths(self, model: nn.Module, kept: np.ndarray) -> Widths:
+        """What `model` looks like with the classes `kept` (classes,) bool alone."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        widths = Widths()
+        dims: dict[str, dict[int, int]] = {}
+        for (name, dim), atoms in self.axes.items():
+            dims.setdefault(name, {})[dim] = int(kept[atoms].sum())
+        for balance in self.balances:
+            dims.setdefault(balance.weight, {})[1] = int(kept[balance.inputs].sum(1).max(initial=0))
+        for name, sizes in dims.items():
+            path, _, leaf = name.rpartition(".")
+            tensor = getattr(modules[path], leaf)
+            widths.shapes[id(tensor)] = tuple(sizes.get(d, size) for d, size in enumerate(tensor.shape))
+        for path, attribute, atoms in self.attributes:
+            widths.attributes.append((modules[path], attribute, self.count(atoms, kept)))
+        for selection in self.selections:
+            index, channels = self.selection_index(selection, kept)
+            widths.selections.append((modules[selection.name], None if index is None else (index.size, channels)))
+        return widths
+
+    def count(self, atoms: np.ndarray, kept: np.ndarray) -> int:
+        """How many of an attribute's entries stay; of (groups, units) how many groups."""
+        stays = kept[atoms]
+        return int((stays.any(1) if stays.ndim == 2 else stays).sum())
+
+    def selection_index(self, selection: Selection, kept: np.ndarray) -> tuple[np.ndarray | None, int]:
+        """Where each kept channel of a sum is found among the kept channels of its skip, -1 for nowhere; None if the
+        channels are the same. And the number of channels of the skip."""
+        link = next(step for step in self.flow.steps if step.slot == selection.out).links[0]
+        skip, out = kept[self.flow.atoms(selection.skip)], kept[self.flow.atoms(selection.out)]
+        place = np.where(skip, np.cumsum(skip) - 1, -1)
+        index = np.full(out.size, -1, np.int64)
+        index[link.target] = place[link.source]
+        index, channels = index[out], int(skip.sum())
+        return (None, channels) if np.array_equal(index, np.arange(channels)) else (index, channels)
 
     # --- following a compaction ---
 
@@ -302,6 +359,10 @@ def _block_axes(
 def _depends_on(classes: np.ndarray, dim: int) -> bool:
     rows = np.moveaxis(classes, dim, 0).reshape(classes.shape[dim], -1)
     return bool((rows == rows[:, :1]).all())
+
+
+def _without_memory(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tree_map(lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, inputs)
 
 
 def _untraced(model: nn.Module, built: Builder) -> list[str]:

@@ -150,8 +150,7 @@ def _stage(channels: int, rng: random.Random, depth: int) -> tuple[nn.Module, in
     if kind == "prelu":
         return nn.PReLU(rng.choice([1, channels])), channels
     if kind == "shuffle":
-        # by views only where the groups are the shorter part: of [groups, channels / groups] the longer is taken for units
-        groups = rng.choice([g for g in (2, 4) if channels % g == 0 and g * g <= channels] or [1])
+        groups = rng.choice([g for g in (2, 4) if channels % g == 0] or [1])
         return rng.choice([Shuffle, nn.ChannelShuffle])(groups), channels
     if kind == "pixel":
         if channels % 4:

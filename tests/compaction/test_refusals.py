@@ -36,14 +36,16 @@ def same(a: object, b: object) -> bool:
 
 
 class WrittenDown(nn.Module):
-    """The number of features is written down in the forward."""
+    """The number of features is written down in the forward: from the start, or later."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int | None = 512) -> None:
         super().__init__()
         self.conv, self.act, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Linear(8 * 64, 4)
+        self.features = features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.act(self.conv(x)).view(-1, 512))
+        y = self.act(self.conv(x))
+        return self.fc(y.flatten(1) if self.features is None else y.view(-1, self.features))
 
 
 def adafactor(parameters: object) -> torch.optim.Optimizer:
@@ -69,15 +71,15 @@ def chain_and(optimizer: Callable) -> tuple:
     return model, opt, {"2": torch.arange(12) < 5}
 
 
-def written_down() -> tuple:
-    model = WrittenDown()
+def written_down_later() -> tuple:
+    model = WrittenDown(None)
     return model, torch.optim.SGD(model.parameters(), lr=0.1), {"act": torch.arange(8) < 3}
 
 
 REFUSED = {
     "adafactor": (lambda: chain_and(adafactor), r"Adafactor's state .* must have the parameter's shape .* got shape"),
     "lbfgs": (lambda: chain_and(lbfgs), r"LBFGS's state .* must have the parameter's shape"),
-    "written_down": (written_down, r"WrittenDown .* cannot run with the planned widths \(conv.weight \(8, 3, 3, 3\) -> \(5,"),
+    "written_down_later": (written_down_later, r"WrittenDown .* cannot run with the planned widths \(conv.weight \(8, 3, 3, 3\) -> \(5,"),
 }
 
 
@@ -87,11 +89,21 @@ def test_a_refusal_changes_nothing(case: str) -> None:
     model, optimizer, dead = make()
     model.train()
     graph = dk.UnitGraph.trace(model, inputs())
+    if case == "written_down_later":
+        model.features, graph.proved = 512, False
     before, units, rng = snapshot(model, optimizer), graph.units, torch.get_rng_state()
     with pytest.raises(dk.CompactionError, match=text):
         dk.compact(model, optimizer, dead=dead, graph=graph)
     assert same(before, snapshot(model, optimizer))
     assert graph.units == units and torch.equal(rng, torch.get_rng_state())
+
+
+def test_written_sizes_keep_their_units() -> None:
+    model = WrittenDown()
+    before = snapshot(model)
+    report = dk.compact(model, None, inputs(), dead={"act": torch.arange(8) < 3})
+    assert not report.changed and same(before, snapshot(model))
+    assert report.kept["act"].startswith("3 dead units: sizes are written down in view.default in the model (test_refusals.py:")
 
 
 def test_a_model_that_cannot_be_captured_is_refused() -> None:

@@ -1,0 +1,94 @@
+"""What an analysis is made of: values with units, parameters, and the widths that must be kept."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ["Activation", "Balance", "Floor", "Parameter", "ParameterAxis", "Selection", "Value", "along"]
+
+
+@dataclass
+class Value:
+    """A tensor of the graph.
+
+    atoms: broadcastable to `shape`; a dimension of size 1 is uniform, another one carries units.
+    slot: its entries in the flow, one per element of `atoms`.
+    storage: a token shared by the views of one memory.
+    """
+
+    shape: tuple[int, ...]
+    atoms: np.ndarray
+    slot: int
+    storage: object = field(default_factory=object)
+
+    @property
+    def unit_dims(self) -> list[int]:
+        return [d for d, size in enumerate(self.atoms.shape) if size > 1]
+
+    def axis(self, dim: int) -> np.ndarray:
+        """Atoms along one dimension, (shape[dim],). All others must be uniform."""
+        return np.broadcast_to(self.atoms.reshape(-1), (self.shape[dim],))
+
+
+@dataclass
+class Parameter:
+    """A parameter or buffer of the model, before it is used as a value. `dims[d]` is the parameter's own dimension
+    that dimension d of this (possibly transposed) view of it shows."""
+
+    name: str
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+
+
+@dataclass
+class ParameterAxis:
+    """Atoms of the entries along one dimension of a parameter or buffer."""
+
+    name: str
+    dim: int
+    atoms: np.ndarray
+
+
+@dataclass
+class Activation:
+    """One call of an activation: `name` is the module's path, `slots` its output in each captured graph."""
+
+    name: str
+    atoms: np.ndarray
+    slots: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Selection:
+    """A SelectiveAdd: `skip` is the slot of its second operand, `out` that of the selected one."""
+
+    name: str
+    skip: int
+    out: int
+
+
+@dataclass
+class Floor:
+    """At least `count` of `atoms` must stay (all, if there are fewer)."""
+
+    atoms: np.ndarray
+    count: int
+    reason: str
+
+
+@dataclass
+class Balance:
+    """A grouped convolution: its groups keep equal numbers of inputs, and of outputs. `inputs`, `outputs`: (groups,
+    units a group). A group of which nothing stays goes as a whole."""
+
+    weight: str
+    inputs: np.ndarray
+    outputs: np.ndarray
+
+
+def along(atoms: np.ndarray, dim: int, rank: int) -> np.ndarray:
+    """A vector as an array of the given rank that varies along `dim` only."""
+    shape = [1] * rank
+    shape[dim] = atoms.size
+    return atoms.reshape(shape)
