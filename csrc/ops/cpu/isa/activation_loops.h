@@ -142,8 +142,13 @@ DEMP_INLINE std::uint64_t word_at(const std::uint8_t* bits, std::int64_t word) {
   return value;
 }
 
-// Ones among the bits [begin, end); reads whole words.
+// Ones among the bits [begin, end); reads up to 8 bytes beyond.
 DEMP_INLINE std::int64_t ones(const std::uint8_t* bits, std::int64_t begin, std::int64_t end) {
+  if (end - begin <= 57) {  // within 8 bytes wherever it starts: planes of 7x7 and less
+    std::uint64_t word;
+    __builtin_memcpy(&word, bits + begin / 8, 8);
+    return __builtin_popcountll(word >> (begin % 8) & (~0ull >> (64 - (end - begin))));
+  }
   const std::int64_t first = begin / 64, last = (end - 1) / 64;
   const std::uint64_t head = ~0ull << (begin % 64), tail = ~0ull >> (63 - (end - 1) % 64);
   if (first == last) return __builtin_popcountll(word_at(bits, first) & head & tail);

@@ -172,7 +172,7 @@ DEMP_INLINE void copy_spilling(float* out, const float* in, std::int64_t n) {
 
 // Noise of the elements [begin, end) of a contiguous (outer, channels, inner) tensor; out has room for 4 L more.
 void noise_planes(float* out, std::int64_t begin, std::int64_t end, std::int64_t channels, std::int64_t inner,
-                  std::uint64_t seed, Stage& stage) {
+                  std::uint64_t seed, Stage& stage, std::uint32_t stream = 0) {
   const Keys keys = make_keys(seed);
   const bool whole_groups = inner % 4 == 0 && begin % 4 == 0;  // memory order is then the order of the groups
   struct Run {
@@ -206,18 +206,19 @@ void noise_planes(float* out, std::int64_t begin, std::int64_t end, std::int64_t
       }
     }
     if (whole_groups) {
-      generate<true>(stage.q, stage.column, groups, 0, keys, start, 0);
+      generate<true>(stage.q, stage.column, groups, stream, keys, start, 0);
       continue;
     }
-    generate<true>(stage.q, stage.column, groups, 0, keys, stage.out, 0);
+    generate<true>(stage.q, stage.column, groups, stream, keys, stage.out, 0);
     for (int r = 0; r < count; ++r) copy_spilling(runs[r].to, runs[r].from, runs[r].length);
   }
 }
 
 // Noise of the rows [begin, end) of a (rows, columns) matrix, begin a multiple of 4; out has room for 4 L more.
-// columns_of: the logical column of each column in memory, or null if they are the same.
+// columns_of: the logical column of each column in memory; null if that is first_column and the ones after it.
 void noise_rows(float* out, std::int64_t begin, std::int64_t end, std::int64_t columns,
-                const std::uint64_t* columns_of, std::uint32_t stream, std::uint64_t seed, Stage& stage) {
+                const std::uint64_t* columns_of, std::uint32_t stream, std::uint64_t seed, Stage& stage,
+                std::int64_t first_column = 0) {
   const Keys keys = make_keys(seed);
   const std::int64_t width = columns < kGroups ? columns : kGroups;  // of one row in a stage
   const std::int64_t depth = kGroups / width;                        // rows of groups in a stage
@@ -226,7 +227,7 @@ void noise_rows(float* out, std::int64_t begin, std::int64_t end, std::int64_t c
     const std::int64_t w = columns - c < width ? columns - c : width;
     for (std::int64_t d = 0; d < depth; ++d) {
       for (std::int64_t k = 0; k < w; ++k) {
-        stage.column[d * w + k] = columns_of ? columns_of[c + k] : (std::uint64_t)(c + k);
+        stage.column[d * w + k] = columns_of ? columns_of[c + k] : (std::uint64_t)(first_column + c + k);
       }
     }
     for (std::int64_t q = begin / 4; q < last; q += depth) {

@@ -9,9 +9,9 @@ namespace demp {
 namespace DEMP_ISA {
 namespace {
 
-// Rows that are summed in float before the sum goes on in double: adds an error of about 1e-7 of the sum of
-// magnitudes, which averages out over the tiles.
-constexpr std::int64_t kRowsInFloat = 64;
+// Rows that are summed in float before the sum goes on in double: an error of some 1e-7 of the sum of magnitudes, which
+// averages out over the tiles.
+constexpr std::int64_t kRowsInFloat = 128;
 constexpr std::int64_t kNoiseBlock = 4096;  // elements
 
 // Scratch: the arrays of `Columns` for every column of a period, noise of a block, the generator's stage.
@@ -49,7 +49,7 @@ Loops<T> input_loops(const NormAct& a) {
 
 template <class T>
 struct Totals {
-  static constexpr int lanes = Lanes<T>::n * Lanes<T>::large;
+  static constexpr int lanes = Lanes<T>::n;
   double a[lanes] = {}, b[lanes] = {};
   std::int64_t count[lanes] = {};
 };
@@ -85,14 +85,18 @@ DEMP_INLINE void add_counts(std::int64_t* to, I v) {
 
 template <int W, class T>
 DEMP_INLINE void flush(const Loops<T>& loops, Sums<T, W>& s, Totals<T>& totals) {
-  constexpr int n = Lanes<T>::n;
-  for (int w = 0; w < W; ++w) {
-    if (loops.sums) {
-      add_lanes(totals.a + w * n, s.a[w]);
-      add_lanes(totals.b + w * n, s.b[w]);
+  for (int half = W / 2; half > 0; half /= 2) {
+    for (int w = 0; w < half; ++w) {
+      s.a[w] += s.a[w + half];
+      s.b[w] += s.b[w + half];
+      s.count[w] += s.count[w + half];
     }
-    if (loops.counts) add_counts(totals.count + w * n, s.count[w]);
   }
+  if (loops.sums) {
+    add_lanes(totals.a, s.a[0]);
+    add_lanes(totals.b, s.b[0]);
+  }
+  if (loops.counts) add_counts(totals.count, s.count[0]);
   s = Sums<T, W>();
 }
 
@@ -109,19 +113,20 @@ void walk_planes(const Loops<T>& loops, const NormAct& a, const Context<T>& c, s
   const std::int64_t mask_bytes = (a.inner + 7) / 8;
   for (std::int64_t image = begin; image < end; ++image) {
     const std::int64_t plane = image * a.channels + channel;
+    const std::int64_t ahead = image + 1 < end ? a.channels * a.inner : 0;
     std::int64_t at = plane * a.inner + from, byte = plane * mask_bytes + from / 8, left = to - from;
     while (left > 0) {
       std::int64_t rows, width = narrow;
       if (loops.wide && left >= wide) {
         width = wide;
         rows = left / wide < kRowsInFloat ? left / wide : kRowsInFloat;
-        loops.wide(c, Place{at, byte, rows, wide, 0}, p, s);
+        loops.wide(c, Place{at, byte, rows, wide, 0, ahead}, p, s);
       } else if (left >= narrow) {
         rows = left / narrow < kRowsInFloat ? left / narrow : kRowsInFloat;
-        loops.narrow(c, Place{at, byte, rows, narrow, 0}, q, r);
+        loops.narrow(c, Place{at, byte, rows, narrow, 0, ahead}, q, r);
       } else {
         rows = 1;
-        loops.cut(c, Place{at, byte, 1, 0, left}, q, r);
+        loops.cut(c, Place{at, byte, 1, 0, left, 0}, q, r);
       }
       at += rows * width, byte += rows * width / 8, left -= rows * width;
       if ((pending += rows) >= kRowsInFloat) {
@@ -281,13 +286,13 @@ void band(const Loops<T>& loops, const Context<T>& c, const Columns<T>& k, std::
   std::int64_t i = 0;
   if (loops.wide) {
     for (; i + wide <= width; i += wide) {
-      column_tile<W>(loops, loops.wide, c, k, i, Place{at + i, (at + i) / 8, rows, period, 0});
+      column_tile<W>(loops, loops.wide, c, k, i, Place{at + i, (at + i) / 8, rows, period, 0, 0});
     }
   }
   for (; i + narrow <= width; i += narrow) {
-    column_tile<w>(loops, loops.narrow, c, k, i, Place{at + i, (at + i) / 8, rows, period, 0});
+    column_tile<w>(loops, loops.narrow, c, k, i, Place{at + i, (at + i) / 8, rows, period, 0, 0});
   }
-  if (i < width) column_tile<w>(loops, loops.cut, c, k, i, Place{at + i, (at + i) / 8, rows, period, width - i});
+  if (i < width) column_tile<w>(loops, loops.cut, c, k, i, Place{at + i, (at + i) / 8, rows, period, width - i, 0});
 }
 
 // Rows [begin, end) of (rows, channels). Tiles go down some rows and then right, within what the second-level cache holds.
@@ -295,8 +300,9 @@ template <class T>
 void walk_rows(const Loops<T>& loops, const NormAct& a, const Context<T>& c, const Columns<T>& k, std::int64_t begin,
                std::int64_t end) {
   const std::int64_t side_by_side = a.period / a.channels, bands = (end - begin) / side_by_side;
-  std::int64_t rows = 65536 / (a.period * (std::int64_t)sizeof(T)), at = begin * a.channels;
-  rows = rows < 4 ? 4 : rows > kRowsInFloat ? kRowsInFloat : rows;
+  const std::int64_t most = loops.sums ? kRowsInFloat : 4 * kRowsInFloat;
+  std::int64_t rows = 131072 / (a.period * (std::int64_t)sizeof(T)), at = begin * a.channels;
+  rows = rows < 4 ? 4 : rows > most ? most : rows;
   for (std::int64_t i = 0; i < bands; i += rows) {
     if (rows > bands - i) rows = bands - i;
     band(loops, c, k, at, rows, a.period, a.period);

@@ -17,8 +17,7 @@ struct Lanes {
   typedef typename M::Vec I;
   static constexpr int n = O::wide_lanes;
   static constexpr int small = n >= 8 ? 1 : 8 / n;  // vectors: their bits are whole bytes
-  // Vectors with means, scales, biases and sums in registers: 32 of them on AVX-512, 16 elsewhere.
-  static constexpr int large = DEMP_ISA_LEVEL == 2 ? 4 : DEMP_ISA_LEVEL == 1 && small == 1 ? 2 : small;
+  static constexpr int large = DEMP_ISA_LEVEL > 0 && small == 1 ? 4 : small;
 };
 
 template <class T>
@@ -45,13 +44,20 @@ struct Sums {
 
 // Where a tile lies: first element, its bits' first byte, rows and how far apart, and, for a tile that is cut off
 // at the right, how many elements of it there are.
+// `ahead`: how many elements further what is needed next begins.
 struct Place {
-  std::int64_t at, byte, rows, stride, elements;
+  std::int64_t at, byte, rows, stride, elements, ahead;
 };
 
+// Planes of one channel lie apart, and a hardware prefetcher starts anew in every one of them.
+template <bool cut, class T>
+DEMP_INLINE void fetch(const T* p, std::int64_t ahead) {
+  if (!cut && ahead) __builtin_prefetch(p + ahead);
+}
+
 // A tile's loop is a function of its own, called through a pointer, so that what walks over planes and rows is compiled
-// once for all of them. Parameters and sums are copied in and out: through the references the compiler would have to read
-// them again after every store.
+// once for all of them. Parameters and sums are copied to local arrays: through the references the compiler would have to
+// read and write them again after every store.
 template <class T, int W>
 using Loop = void (*)(const Context<T>&, Place, const PerChannel<T, W>&, Sums<T, W>&);
 
@@ -166,18 +172,19 @@ struct StatisticsTile {
   static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
     const Context<T> c = context;
     const PerChannel<T, W> p = per_channel;
-    Sums<T, W> s = sums;
     constexpr int n = Lanes<T>::n;
+    typename Lanes<T>::V a[W] = {}, b[W] = {};
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n;
+        fetch<cut>(c.x + place.at + w * n, place.ahead);
         typename Lanes<T>::V d = load<cut>(c.x + place.at + w * n, left) - p.mean[w];
         if (cut) d = first_lanes(d, left);
-        s.a[w] += d;
-        s.b[w] += d * d;
+        a[w] += d;
+        b[w] += d * d;
       }
     }
-    sums = s;
+    for (int w = 0; w < W; ++w) sums.a[w] += a[w], sums.b[w] += b[w];
   }
 };
 
@@ -191,21 +198,24 @@ struct ForwardTile {
   static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
     const Context<T> c = context;
     const PerChannel<T, W> p = per_channel;
-    Sums<T, W> s = sums;
     typedef typename Lanes<T>::V V;
     typedef typename Lanes<T>::I I;
     typedef typename Lanes<T>::M M;
     constexpr int n = Lanes<T>::n;
+    I count[W] = {};
     const bool keeps_bits = added && (relu || c.act == Act::leaky_relu);
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride, place.byte += place.stride / 8) {
       std::uint64_t bits = 0;
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
+        fetch<cut>(c.x + at, place.ahead);
+        fetch<cut>(c.y + at, place.ahead);
         V z = (load<cut>(c.x + at, left) - p.mean[w]) * p.scale[w] + p.bias[w];
+        if (added) fetch<cut>(c.residual + at, place.ahead);
         if (added) z += load<cut>(c.residual + at, left);
         if (cut) z = first_lanes(z, left);
         const typename M::Mask live = M::active((I)z);
-        s.count[w] = M::add(s.count[w], live);
+        count[w] = M::add(count[w], live);
         V y = value<relu>(c, z, live);
         if (c.noise) {
           V xi;
@@ -219,7 +229,7 @@ struct ForwardTile {
         __builtin_memcpy(c.mask + place.byte, &bits, cut ? std::size_t(place.elements + 7) / 8 : std::size_t(W * n / 8));
       }
     }
-    sums = s;
+    for (int w = 0; w < W; ++w) sums.count[w] += count[w];
   }
 };
 
@@ -264,9 +274,9 @@ struct GradientSumsTile {
   static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
     const Context<T> c = context;
     const PerChannel<T, W> p = per_channel;
-    Sums<T, W> s = sums;
     typedef typename Lanes<T>::V V;
     constexpr int n = Lanes<T>::n;
+    typename Lanes<T>::V a[W] = {}, b[W] = {};
     const bool from_mask = added && (relu || c.act == Act::leaky_relu);
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride, place.byte += place.stride / 8) {
       std::uint64_t bits = 0;
@@ -274,15 +284,18 @@ struct GradientSumsTile {
       if (from_mask && cut) bits = load_bits(c.mask + place.byte, (place.elements + 7) / 8);
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
+        fetch<cut>(c.x + at, place.ahead);
+        fetch<cut>(c.grad + at, place.ahead);
+        if (added) fetch<cut>(c.grad_residual + at, place.ahead);
         const V centred = load<cut>(c.x + at, left) - p.mean[w];
         V dz = activation_gradient<relu, added, cut, W>(c, p, w, at, left, bits, centred);
         if (cut) dz = first_lanes(dz, left);
         if (added) store<cut>(c.grad_residual + at, dz, left);
-        s.a[w] += dz;
-        s.b[w] += dz * centred;
+        a[w] += dz;
+        b[w] += dz * centred;
       }
     }
-    sums = s;
+    for (int w = 0; w < W; ++w) sums.a[w] += a[w], sums.b[w] += b[w];
   }
 };
 
@@ -301,6 +314,9 @@ struct GradientInputTile {
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
+        fetch<cut>(c.x + at, place.ahead);
+        fetch<cut>(added ? c.grad_residual + at : c.grad + at, place.ahead);
+        fetch<cut>(c.grad_x + at, place.ahead);
         const V centred = load<cut>(c.x + at, left) - p.mean[w];
         V dz;
         if constexpr (added) {

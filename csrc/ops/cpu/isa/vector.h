@@ -35,8 +35,13 @@ DEMP_INLINE D splat(double x) { return D{} + x; }
 DEMP_INLINE F select(I32 mask, F a, F b) { return (F)((mask & (I32)a) | (~mask & (I32)b)); }
 
 // Not x <= 0, so that NaN is active; as an integer mask of the element's width.
+#if DEMP_ISA_LEVEL == 1  // one comparison; GCC makes a comparison and a blend of the negation
+DEMP_INLINE I32 active_lanes(F x) { return (I32)_mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NLE_UQ); }
+DEMP_INLINE I64 active_lanes(D x) { return (I64)_mm256_cmp_pd((__m256d)x, _mm256_setzero_pd(), _CMP_NLE_UQ); }
+#else
 DEMP_INLINE I32 active_lanes(F x) { return ~(I32)(x <= 0.0f); }
 DEMP_INLINE I64 active_lanes(D x) { return ~(I64)(x <= 0.0); }
+#endif
 // For 16-bit floats, from the bits: positive, or NaN of either sign (above infinity without the sign).
 DEMP_INLINE I16 active_lanes(I16 x, std::int16_t infinity) { return (I16)(x > 0) | (I16)((x & 0x7fff) > infinity); }
 
