@@ -27,6 +27,10 @@ from .settings import TrainSettings
 
 __all__ = ["RunResult", "Training", "Watcher", "read_data", "warm_up"]
 
+WARM_UP = 0.15
+"""Share of the run in which the learning rate rises. Adam moves a scale by about the learning rate a step, whatever the
+penalty, so units begin to die only when it has been high for a while: with torch's 0.3, units of the digits' ResNet-18
+died from step 154 of 440 on and the run took 65% of the dense operations; with 0.15, from step 110 on and 47%."""
 ROWS = 200
 """Rows that a run writes into its log, about; the ends of epochs come on top."""
 
@@ -95,7 +99,7 @@ class Training:
                 self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
             )
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimizer, settings.lr, total_steps=total_steps + 1, cycle_momentum=False
+                self.optimizer, settings.lr, total_steps=total_steps + 1, pct_start=WARM_UP, cycle_momentum=False
             )
             method.attach(self.model, self.optimizer, Plan(settings, total_steps, steps_per_epoch, self._scan_batches))
         except (PrepareError, CompactionError, ValueError) as error:

@@ -95,7 +95,7 @@ def test_checkpoint_holds_the_shrunk_network(finished: tuple[Path, str]) -> None
     summary = json.loads((finished[0] / "summary.json").read_text())
     settings = TrainSettings(width=8, train_size=640).resolved()
     data = read_data(settings)
-    example = torch.zeros(2, 1, 8, 8)
+    example = torch.zeros(2, 1, 16, 16)
     model = dk.prepare(new_model(settings, data), example)
     extra = dk.load_checkpoint(finished[0] / "checkpoint.pt", model)
     assert extra["steps"] == 120
@@ -197,7 +197,7 @@ BAD = [
     (["--device", "cuda:99"], "device cuda:99 is not there"),
     (["--threads", "0"], "threads must be at least 1, got 0"),
     (["--amp", "fp16", "--device", "cpu"], "amp fp16 needs a CUDA device"),
-    (["--model", "alexnet", "--epochs", "1"], "alexnet does not take images of 3x8x8; image-size resizes"),
+    (["--model", "alexnet", "--epochs", "1"], "alexnet does not take images of 3x16x16; image-size resizes"),
     (["--seeds", "1"], "unrecognized arguments: --seeds 1"),
     (["--out", "file"], "out must be a folder, got the file file"),
     (["--out", "file/below"], "out cannot be made: file/below"),
