@@ -141,6 +141,7 @@ def test_selective_add_gathers_the_skip_and_differentiates() -> None:
 
 def test_prepared_model_compiles_without_breaks_or_recompilation() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = dk.prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 6))
     compiled = torch.compile(model, fullgraph=True)
     seen = 0

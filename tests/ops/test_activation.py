@@ -108,6 +108,7 @@ def test_opcheck(activation: str, noise_std: float) -> None:
 
 def test_compiles_without_breaks_for_new_seeds_and_batches() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
     @torch.compile(fullgraph=True)
     def step(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
