@@ -53,12 +53,13 @@ def materialise(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module, *, leaves_only: bool = False) -> Iterator[None]:
-    """Every module in evaluation mode (or only the childless ones, the others in training mode), without calling
+    """Every module in evaluation mode (or only the childless ones and the norms, the others in training), without calling
     `train()` or `eval()`, which models override; all flags come back exactly."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
-            module.training = leaves_only and next(module.children(), None) is not None
+            leaf = next(module.children(), None) is None or isinstance(module, nn.modules.batchnorm._NormBase)
+            module.training = leaves_only and not leaf
         yield
     finally:
         for module, training in modes:

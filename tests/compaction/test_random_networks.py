@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import demp_kernels as dk
 
-EXAMPLES = int(os.environ.get("DEMP_RANDOM_NETWORKS", "40"))
+EXAMPLES = int(os.environ.get("DEMP_RANDOM_NETWORKS", "25"))
 
 
 def losses(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, steps: int = 2) -> list[float]:
