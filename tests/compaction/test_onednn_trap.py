@@ -1,8 +1,10 @@
 """A compacted ResNet in channels_last never reaches oneDNN's broken kernel (uxlfoundation/oneDNN#6035)."""
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAM = """
 import torch
@@ -38,7 +40,9 @@ print("ok")
 
 def test_two_hundred_steps_of_a_very_narrow_network() -> None:
     """The kernel hangs, crashes or is wrong run by run: tried in a process of its own, its gradient worked out anew."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # spinning threads take minutes beside other work
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=__file__.rpartition("/")[0], capture_output=True, text=True, timeout=180
+        [sys.executable, "-c", PROGRAM], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
