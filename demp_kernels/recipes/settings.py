@@ -38,7 +38,7 @@ class TrainSettings:
     prune_every: int | None = None
     criterion: str = "window"
     penalty_on: str | None = None
-    round_to: int = 1
+    round_to: int = 8
     device: str = "auto"
     seed: int = 0
     threads: int | None = None
