@@ -123,8 +123,8 @@ void forward_planes(const Forward& f, const void* x, void* y, int size, std::int
     for (std::int64_t i = first * kBlockBits; i < end; i += block) {
       const std::int64_t m = std::min(block, end - i);
       if (f.noisy) {
-        t.noise_planes(noise.as<float>(), i, i + m, f.channels, f.inner, f.seed, stage.as<char>(), at(x, i, size),
-                       at(y, i, size), size);
+        fetch_ahead(at(x, i, size), m * size);
+        t.noise_planes(noise.as<float>(), i, i + m, f.channels, f.inner, f.seed, stage.as<char>());
         t.noisy[f.type][f.act](at(x, i, size), at(y, i, size), m, f.parameters, bits, noise.as<float>());
         if (mask) std::memcpy(mask + i / 8, bits, std::size_t(m + 7) / 8);
       } else {
@@ -145,8 +145,7 @@ void forward_rows(const Forward& f, const void* x, void* y, int size, std::int64
   std::int64_t together = packet / std::gcd(channels, packet);
   if (together * channels > 2048) together = 1;
   together *= std::max<std::int64_t>(1, 512 / (together * channels));
-  // Rows: whole groups of noise, whole bytes of bits.
-  const std::int64_t unit = channels % 2 == 0 ? 4 : 8;
+  constexpr std::int64_t unit = 8;  // rows: whole groups of noise, whole bytes of bits
   const Shares shares((rows + unit - 1) / unit, grain(f) / (unit * channels));
   Counters counters(active, channels, shares.count);
   shares.run([&](std::int64_t share, std::int64_t first, std::int64_t last) {
@@ -157,14 +156,13 @@ void forward_rows(const Forward& f, const void* x, void* y, int size, std::int64
       t.rows[f.type][f.act](at(x, begin * channels, size), at(y, begin * channels, size), end - begin, channels,
                             f.parameters, counts);
     } else {
-      const std::int64_t elements = channels < 64 ? 2048 : 1024;  // narrow rows: fewer, fuller stages
-      const std::int64_t block = unit * std::max<std::int64_t>(1, elements / (unit * channels));
+      const std::int64_t block = unit * std::max<std::int64_t>(1, 1024 / (unit * channels));
       Scratch noise((block * channels + t.noise_slack) * 4), stage(t.stage_bytes), bits(block * channels / 8 + 8);
       for (std::int64_t r = begin; r < end; r += block) {
         const std::int64_t m = std::min(block, end - r), i = r * channels;
         t.count_rows[f.type](at(x, i, size), m, channels, counts);  // before y, which may be x, is written
-        t.noise_rows(noise.as<float>(), r, r + m, channels, f.seed, stage.as<char>(), at(x, i + m * channels, size),
-                     at(y, i, size), size);
+        fetch_ahead(at(x, i + m * channels, size), std::min(block, end - r - m) * channels * size);
+        t.noise_rows(noise.as<float>(), r, r + m, channels, f.seed, stage.as<char>());
         t.noisy[f.type][f.act](at(x, i, size), at(y, i, size), m * channels, f.parameters,
                                mask ? mask + i / 8 : bits.as<std::uint8_t>(), noise.as<float>());
       }

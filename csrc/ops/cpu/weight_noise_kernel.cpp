@@ -159,11 +159,6 @@ void add_strided(const Target& t, const Piece& p, const float* noise, double std
   }
 }
 
-// Starts fetching memory, to be there after the noise is made.
-void fetch_ahead(const char* p, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 1, 2);
-}
-
 void add_noise(const Piece& p, double std_, std::uint64_t seed, float* noise, char* stage, char* copy) {
   const WeightNoiseTable& loops = table();
   const Target& t = *p.target;

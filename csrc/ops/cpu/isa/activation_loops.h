@@ -243,15 +243,13 @@ void backward_bits(const void* grad_, const std::uint8_t* bits, void* out_, std:
 }
 
 void stage_noise_planes(float* out, std::int64_t begin, std::int64_t end, std::int64_t channels, std::int64_t inner,
-                        std::uint64_t seed, void* stage, const void* read, const void* write, int size) {
-  noise_planes(out, begin, end, channels, inner, seed, *(Stage*)stage, 0,
-               {(const char*)read, (const char*)write, 4 * L * size});
+                        std::uint64_t seed, void* stage) {
+  noise_planes(out, begin, end, channels, inner, seed, *(Stage*)stage);
 }
 
 void stage_noise_rows(float* out, std::int64_t begin, std::int64_t end, std::int64_t columns, std::uint64_t seed,
-                      void* stage, const void* read, const void* write, int size) {
-  noise_rows(out, begin, end, columns, nullptr, 0, seed, *(Stage*)stage, 0,
-             {(const char*)read, (const char*)write, 4 * L * size});
+                      void* stage) {
+  noise_rows(out, begin, end, columns, nullptr, 0, seed, *(Stage*)stage);
 }
 
 // clang-format off

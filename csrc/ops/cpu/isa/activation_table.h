@@ -46,13 +46,12 @@ struct ActivationTable {
   // The same for relu and leaky_relu from the bits.
   void (*backward_bits[kTypes][2])(const void* grad, const std::uint8_t* bits, void* out, std::int64_t n, double slope);
 
-  // The functions below fetch `read` and `write`, of elements of `size` bytes, as far as the noise reaches (or null).
-  std::int64_t stage_bytes;   // scratch for them
+  std::int64_t stage_bytes;   // scratch for the functions below
   std::int64_t noise_slack;   // floats that `out` needs beyond the last element
   void (*noise_planes)(float* out, std::int64_t begin, std::int64_t end, std::int64_t channels, std::int64_t inner,
-                       std::uint64_t seed, void* stage, const void* read, const void* write, int size);
+                       std::uint64_t seed, void* stage);
   void (*noise_rows)(float* out, std::int64_t begin, std::int64_t end, std::int64_t columns, std::uint64_t seed,
-                     void* stage, const void* read, const void* write, int size);
+                     void* stage);
 };
 
 }  // namespace demp

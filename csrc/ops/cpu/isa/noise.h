@@ -131,24 +131,6 @@ DEMP_INLINE void philox_groups(const std::uint64_t* q, const std::uint64_t* colu
   }
 }
 
-// Memory that will be needed after the noise: fetched while it is made, a little at a time, because a burst of
-// prefetches stalls when the fill buffers are full.
-struct Ahead {
-  const char* read;   // null: none
-  const char* write;
-  int step;           // bytes for each L groups
-};
-
-DEMP_INLINE void fetch(Ahead& ahead) {
-  if (!ahead.read) return;
-  for (int i = 0; i < ahead.step; i += 64) {
-    __builtin_prefetch(ahead.read + i, 0, 2);
-    __builtin_prefetch(ahead.write + i, 1, 2);
-  }
-  ahead.read += ahead.step;
-  ahead.write += ahead.step;
-}
-
 // Noise of `count` groups, rounded up to a multiple of L: arrays and output need room for that.
 // by_group: out[4 * group + lane]; otherwise out[stride * lane + group].
 //
@@ -157,12 +139,11 @@ DEMP_INLINE void fetch(Ahead& ahead) {
 // (AVX2); the 245 AVX-512 instructions for 64 elements would take 0.53 at two a cycle.
 template <bool by_group>
 void generate(const std::uint64_t* q, const std::uint64_t* column, std::int64_t count, std::uint32_t stream,
-              const Keys& keys, float* out, std::int64_t stride, Ahead& ahead) {
+              const Keys& keys, float* out, std::int64_t stride) {
   std::int64_t g = 0;
   for (; g + 2 * L <= count; g += 2 * L) philox_groups<4, by_group>(q, column, g, stream, keys, out, stride);
   for (; g < count; g += L) philox_groups<2, by_group>(q, column, g, stream, keys, out, stride);
   for (g = 0; g < count; g += L) {
-    fetch(ahead);
     I32 words[4];
     for (int w = 0; w < 4; ++w) words[w] = load_bytes<I32>(by_group ? out + 4 * g + w * L : out + stride * w + g);
     F z[4];
@@ -191,7 +172,7 @@ DEMP_INLINE void copy_spilling(float* out, const float* in, std::int64_t n) {
 
 // Noise of the elements [begin, end) of a contiguous (outer, channels, inner) tensor; out has room for 4 L more.
 void noise_planes(float* out, std::int64_t begin, std::int64_t end, std::int64_t channels, std::int64_t inner,
-                  std::uint64_t seed, Stage& stage, std::uint32_t stream = 0, Ahead ahead = {}) {
+                  std::uint64_t seed, Stage& stage, std::uint32_t stream = 0) {
   const Keys keys = make_keys(seed);
   const bool whole_groups = inner % 4 == 0 && begin % 4 == 0;  // memory order is then the order of the groups
   struct Run {
@@ -225,10 +206,10 @@ void noise_planes(float* out, std::int64_t begin, std::int64_t end, std::int64_t
       }
     }
     if (whole_groups) {
-      generate<true>(stage.q, stage.column, groups, stream, keys, start, 0, ahead);
+      generate<true>(stage.q, stage.column, groups, stream, keys, start, 0);
       continue;
     }
-    generate<true>(stage.q, stage.column, groups, stream, keys, stage.out, 0, ahead);
+    generate<true>(stage.q, stage.column, groups, stream, keys, stage.out, 0);
     for (int r = 0; r < count; ++r) copy_spilling(runs[r].to, runs[r].from, runs[r].length);
   }
 }
@@ -237,11 +218,11 @@ void noise_planes(float* out, std::int64_t begin, std::int64_t end, std::int64_t
 // columns_of: the logical column of each column in memory; null if that is first_column and the ones after it.
 void noise_rows(float* out, std::int64_t begin, std::int64_t end, std::int64_t columns,
                 const std::uint64_t* columns_of, std::uint32_t stream, std::uint64_t seed, Stage& stage,
-                std::int64_t first_column = 0, Ahead ahead = {}) {
+                std::int64_t first_column = 0) {
   const Keys keys = make_keys(seed);
   const std::int64_t width = columns < kGroups ? columns : kGroups;  // of one row in a stage
-  const std::int64_t last = (end + 3) / 4, all = last - begin / 4;
-  const std::int64_t depth = kGroups / width < all ? kGroups / width : all;  // rows of groups in a stage
+  const std::int64_t depth = kGroups / width;                        // rows of groups in a stage
+  const std::int64_t last = (end + 3) / 4;
   for (std::int64_t c = 0; c < columns; c += width) {
     const std::int64_t w = columns - c < width ? columns - c : width;
     for (std::int64_t d = 0; d < depth; ++d) {
@@ -257,13 +238,12 @@ void noise_rows(float* out, std::int64_t begin, std::int64_t end, std::int64_t c
       }
       if (w % L == 0 && 4 * (q + n) <= end) {  // vectors fit the rows: no need to stage
         for (std::int64_t d = 0; d < n; ++d) {
-          generate<false>(stage.q + d * w, stage.column + d * w, w, stream, keys, top + 4 * d * columns, columns,
-                          ahead);
+          generate<false>(stage.q + d * w, stage.column + d * w, w, stream, keys, top + 4 * d * columns, columns);
         }
         continue;
       }
       constexpr int stride = kGroups + L;
-      generate<false>(stage.q, stage.column, n * w, stream, keys, stage.out, stride, ahead);
+      generate<false>(stage.q, stage.column, n * w, stream, keys, stage.out, stride);
       for (std::int64_t d = 0; d < n; ++d) {
         for (int lane = 0; lane < 4 && 4 * (q + d) + lane < end; ++lane) {
           float* to = top + (4 * d + lane) * columns;
