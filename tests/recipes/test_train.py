@@ -19,6 +19,7 @@ from demp_kernels.cli import main
 from demp_kernels.recipes.loop import new_model, read_data
 from demp_kernels.recipes.settings import TrainSettings
 
+EPOCHS, STEPS = 8, 80
 RUN_KEYS = {"accuracy", "train_seconds", "seconds_per_step_first", "seconds_per_step_last", "params", "flops"}
 
 
@@ -31,7 +32,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run in which units die, made by the command in a process of its own: (folder, what it printed)."""
     out = tmp_path_factory.mktemp("run")
     done = subprocess.run(
-        command("--width", 8, "--epochs", 12, "--train-size", 640, "--lr", 0.03, "--peak-penalty", 0.1, "--out", out),
+        command(
+            "--width", 8, "--image-size", 8, "--train-size", 320, "--batch-size", 32, "--epochs", EPOCHS, "--lr", 0.03,
+            "--peak-penalty", 0.1, "--round-to", 1, "--out", out,
+        ),
         capture_output=True, text=True, timeout=300,
     )
     assert done.returncode == 0, done.stderr
@@ -60,8 +64,8 @@ def test_csv_files(finished: tuple[Path, str]) -> None:
     summary = json.loads((finished[0] / "summary.json").read_text())
     for run in ("dense", "demp"):
         steps = [int(row["step"]) for row in rows if row["run"] == run]
-        assert steps == sorted(set(steps)) and steps[-1] == 12 * 10
-        assert sum(row["accuracy"] != "" for row in rows if row["run"] == run) == 12
+        assert steps == sorted(set(steps)) and steps[-1] == STEPS
+        assert sum(row["accuracy"] != "" for row in rows if row["run"] == run) == EPOCHS
     assert float(rows[-1]["accuracy"]) == pytest.approx(summary["demp"]["accuracy"], abs=1e-5)
     assert int(rows[-1]["live_units"]) == summary["live_units"]
     with (finished[0] / "units.csv").open() as file:
@@ -83,8 +87,8 @@ def test_report_needs_nothing_but_itself(finished: tuple[Path, str]) -> None:
 
 def test_output_without_a_terminal_is_plain_lines_and_the_table(finished: tuple[Path, str]) -> None:
     lines = finished[1].splitlines()
-    assert "resnet18 of width 8 on digits: 640 of 1,437 training and 360 test images" in lines[0]
-    assert sum(line.startswith("demp epoch") for line in lines) == 12
+    assert "resnet18 of width 8 on digits: 320 of 1,437 training and 360 test images" in lines[0]
+    assert sum(line.startswith("demp epoch") for line in lines) == EPOCHS
     rows = ("accuracy", "units live / total", "parameters", "FLOPs a sample", "a step at the end", "training time")
     for text in rows:
         assert any(line.strip().startswith(text) for line in lines)
@@ -93,12 +97,12 @@ def test_output_without_a_terminal_is_plain_lines_and_the_table(finished: tuple[
 
 def test_checkpoint_holds_the_shrunk_network(finished: tuple[Path, str]) -> None:
     summary = json.loads((finished[0] / "summary.json").read_text())
-    settings = TrainSettings(width=8, train_size=640).resolved()
+    settings = TrainSettings(width=8, image_size=8).resolved()
     data = read_data(settings)
-    example = torch.zeros(2, 1, 16, 16)
+    example = torch.zeros(2, 1, 8, 8)
     model = dk.prepare(new_model(settings, data), example)
     extra = dk.load_checkpoint(finished[0] / "checkpoint.pt", model)
-    assert extra["steps"] == 120
+    assert extra["steps"] == STEPS
     assert sum(p.numel() for p in model.parameters()) == summary["demp"]["params"]
     model.eval()
     with torch.no_grad():
