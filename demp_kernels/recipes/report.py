@@ -224,8 +224,10 @@ def _time(seconds: float | None) -> str:
 
 
 def _less(before: int, after: int) -> str:
-    return f"{after / before - 1:+.0%}"
+    return "0%" if before == after else f"{after / before - 1:+.0%}"
 
 
 def _faster(before: float | None, after: float | None) -> str:
-    return "" if not before or not after else f"{before / after:.2f}x"
+    if not before or not after:
+        return ""
+    return f"{before / after:.2f}x faster" if before >= after else f"{after / before:.2f}x slower"
