@@ -157,7 +157,8 @@ def read_fashion_mnist(folder: Path | None) -> ImageTensors:
             raise RecipeError(f"data-dir is not a Fashion-MNIST folder: {folder} has no {name} or {name}.gz")
     readers = [mnist.read_image_file, mnist.read_label_file] * 2
     train_images, train_labels, test_images, test_labels = map(_read_idx, files, readers)
-    return ImageTensors(train_images[:, None], train_labels, test_images[:, None], test_labels, shift=2, flip=True)
+    # not augmented: with shifts and mirroring, the default 12 epochs of 10,000 images ended at 84.5% instead of 88.8%
+    return ImageTensors(train_images[:, None], train_labels, test_images[:, None], test_labels)
 
 
 def read_cifar10(folder: Path | None) -> ImageTensors:
