@@ -72,7 +72,7 @@ def _compile(library: Library, source: Path, root: Path, scratch: Path) -> Path:
     depfile = target.with_suffix(".d")
     command = [*library.compile, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(target)]
     if not _is_current(target, command, _dependencies(depfile, source)):
-        print(f"compiling {source.relative_to(root)}", flush=True)
+        _say(f"compiling {source.relative_to(root)}")
         started_ns = time.time_ns()
         _run(command, str(source.relative_to(root)))
         _remember(target, command, started_ns)
@@ -116,4 +116,9 @@ def _run(command: list[str], what: str) -> None:
     if done.returncode != 0:
         raise Unavailable(f"{what}: {Path(command[0]).name} failed:\n{done.stderr.strip()}")
     if done.stderr.strip():
-        print(done.stderr.strip(), flush=True)
+        _say(done.stderr.strip())
+
+
+def _say(text: str) -> None:
+    # The newline goes in the same write: print() writes it apart, and another thread's line can come between.
+    print(text + "\n", end="", flush=True)
