@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from .build_info import build_info
+from .kernel_table import format_table, kernel_table
 from .recipes.errors import RecipeError
 from .version import __version__
 
@@ -53,12 +54,23 @@ def _parser(chosen: str) -> Parser:
         else:
             commands.add_parser(name, help=summary)
     info = commands.add_parser("info", help="which kernels were built and are usable here, and why not")
-    info.set_defaults(run=lambda _: print(build_info()))
+    info.add_argument("--kernels", action="store_true", help="facts of the compiled CUDA kernels (needs cuobjdump)")
+    info.set_defaults(run=_info)
     return parser
+
+
+def _info(chosen: argparse.Namespace) -> None:
+    if not chosen.kernels:
+        print(build_info())
+        return
+    try:
+        print(format_table(kernel_table()))
+    except FileNotFoundError as missing:
+        raise RecipeError(f"--kernels: {missing}") from missing
 
 
 def _command(name: str, module: str) -> Any:
     try:
         return import_module(module, __package__)
     except ModuleNotFoundError as error:
-        raise RecipeError(f"needs {error.name}, which is not installed: pip install 'demp-kernels[train]'") from error
+        raise RecipeError(f"needs {error.name}, which is not installed: pip install 'demp-kernels[{name}]'") from error

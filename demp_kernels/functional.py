@@ -173,8 +173,10 @@ def _forward(
 def _forward_(
     x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if _is_traced() or not (x.is_contiguous() or _activation.is_usable(x, channel_dim)):
-        # The compiler plans memory itself; strided x has no kernel. Either way x ends up holding y.
+    followed = x.requires_grad and torch.is_grad_enabled()
+    if _is_traced() or (x._is_view() and followed) or not (x.is_contiguous() or _activation.is_usable(x, channel_dim)):
+        # The compiler plans memory itself; autograd lets no function with two outputs write over a view; strided x has
+        # no kernel. Each way x ends up holding y.
         y, active = _forward(x, activation, slope, channel_dim, noise_std, seed)
         return x.copy_(y), active
     seed = _seed(seed, x.device) if noise_std > 0 else None

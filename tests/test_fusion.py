@@ -110,3 +110,14 @@ def test_fused_module_refuses() -> None:
         dk.DemPBatchNormAct2d(3)(torch.randn(2, 3))
     with pytest.raises(ValueError, match="more than one value per channel"):
         dk.DemPBatchNormAct2d(3)(torch.randn(1, 3, 1, 1))
+
+
+def test_a_fused_model_made_synchronous_afterwards_is_refused() -> None:
+    """convert_sync_batchnorm puts a SyncBatchNorm in place of every BatchNorm, which would leave out the activations."""
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(dk.prepare(Block(), x))
+    with pytest.raises(ValueError, match="bn0 was a DemPBatchNormAct2d and is a SyncBatchNorm .* convert_sync_batchnorm first"):
+        dk.DemP(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10)
+    kept = dk.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(Block()), x)
+    assert isinstance(kept.bn0, nn.SyncBatchNorm)
+    assert sum(dk.UnitGraph.trace(kept, x).units.values()) == 24

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from ..norm_modules import DemPBatchNormAct2d
 from . import rules_layers, rules_pointwise, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
 from .atoms import PINNED
 from .builder import Builder
@@ -127,10 +128,12 @@ class UnitGraph:
         Args:
             example_inputs: a tensor or a tuple of the forward's positional arguments; meta tensors will do.
 
-        Raises AnalysisError if torch.export cannot capture the model, TypeError for a wrong argument.
+        Raises AnalysisError if torch.export cannot capture the model, TypeError for a wrong argument, ValueError for a
+        model whose fused norms were made SyncBatchNorm, which lose their activations by it.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"UnitGraph.trace: model must be an nn.Module, got {type(model).__name__}")
+        _refuse_converted(model)
         inputs = materialise(model, as_tuple(example_inputs))
         captures = [capture(model, inputs)]
         choices: dict[fx.Node, int] = {}
@@ -368,3 +371,13 @@ def _without_memory(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _untraced(model: nn.Module, built: Builder) -> list[str]:
     """Parameters that the captured graphs never read."""
     return [name for name, _ in model.named_parameters() if name not in built.used]
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        fused = isinstance(module, DemPBatchNormAct2d)
+        if not fused and isinstance(module, nn.modules.batchnorm._NormBase) and hasattr(module, "act"):
+            raise ValueError(
+                f"{name} was a DemPBatchNormAct2d and is a {type(module).__name__} without its activation: call "
+                "convert_sync_batchnorm first, then prepare"
+            )

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from .. import build_record
+
 CHOICES = ("auto", "native", "triton", "reference")
 
 chosen: str = "auto"
@@ -80,7 +82,7 @@ def _register_triton() -> None:
 def _load_library(package: Path, name: str) -> None:
     files = sorted(package.glob(f"{name}.*so"))
     if not files:
-        reasons[name] = f"{name} was not built"
+        reasons[name] = build_record.missing_reason(name, package)
         return
     try:
         torch.ops.load_library(str(files[0]))

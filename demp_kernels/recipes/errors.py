@@ -17,5 +17,5 @@ def need(module: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
-        reason = f"{purpose} needs {package}, which cannot be imported ({error}): pip install {package}"
+        reason = f"{purpose} needs {package}, which cannot be imported ({error}): pip install 'demp-kernels[train]'"
         raise RecipeError(reason) from error

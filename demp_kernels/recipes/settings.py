@@ -90,9 +90,10 @@ class TrainSettings:
 
 
 # Found on two CPU cores. Digits are doubled in size: at 8x8 the last stages work on one pixel, and a step is mostly
-# parameters rather than images. cifar10 and folder start from the values of the method's authors.
+# parameters rather than images. At a peak of 0.02 seeds 0 to 2 end with 936 to 960 of 1,952 units at 99.2% to 99.4% (dense
+# 99.7%); at 0.03 with 888 at 98.6%. cifar10 and folder start from the values of the method's authors.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"width": 32, "image_size": 16, "epochs": 20, "batch_size": 64, "lr": 0.01, "peak_penalty": 0.03},
+    "digits": {"width": 32, "image_size": 16, "epochs": 20, "batch_size": 64, "lr": 0.01, "peak_penalty": 0.02},
     "fashion-mnist": {
         "width": 16, "train_size": 10_000, "epochs": 12, "batch_size": 128, "lr": 5e-3, "peak_penalty": 0.03,
     },

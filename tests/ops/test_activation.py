@@ -159,6 +159,16 @@ def test_in_place_writes_over_x_and_differentiates() -> None:
     assert torch.equal(leaf.grad, (leaf.detach() > 0).float())
 
 
+def test_in_place_over_a_view_writes_over_its_base() -> None:
+    leaf = torch.randn(6, 4, requires_grad=True)
+    base = leaf * 1
+    _, active = functional.relu_(base[:2])
+    expected = torch.cat([leaf.detach()[:2].clamp(min=0), leaf.detach()[2:]])
+    assert torch.equal(base.detach(), expected) and torch.equal(active, (leaf[:2] > 0).sum(0))
+    base.sum().backward()
+    assert torch.equal(leaf.grad, torch.cat([(leaf.detach()[:2] > 0).float(), torch.ones(4, 4)]))
+
+
 def test_in_place_over_a_value_that_autograd_needs_is_refused() -> None:
     x = torch.randn(3, 4, requires_grad=True).exp()
     functional.relu_(x)

@@ -234,6 +234,15 @@ def test_the_process_ends_with_code_2_too(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == "demp train: error: epochs must be at least 1, got -3"
 
 
+def test_info_prints_the_kernel_table_or_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["info", "--kernels"])
+    printed = capsys.readouterr()
+    if code == 0:
+        assert printed.out.startswith("kernel ") and "activation_rows" in printed.out and "sm_90" in printed.out
+    else:
+        assert code == 2 and printed.err.startswith("demp info: error: --kernels: ") and printed.err.count("\n") == 1
+
+
 def test_info_prints_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     assert capsys.readouterr().out.strip() == str(dk.build_info())
