@@ -1,10 +1,9 @@
 // norm_act on the CPU; what it computes is in demp_kernels/ops/norm_act.py. The loops are in isa/norm_act_loops.h,
 // compiled here once for every instruction set; this file checks, shares the work out and combines the sums.
 //
-// Contiguous tensors are shared out by channel: a channel's statistics, then its outputs, so that what a core's cache
-// holds is read from memory once. Where there are fewer channels than threads their images are shared out as well.
-// Channels-last tensors are shared out by rows, in two passes. Sums are combined in a fixed order: the same number of
-// threads gives the same bits.
+// Contiguous tensors are shared out by image (and by pieces of planes, where images are few), channels-last ones by rows.
+// Either way there are two passes: sums of every share, combined in a fixed order, so that the same number of threads
+// gives the same bits; then the outputs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -173,55 +172,49 @@ std::vector<double> scales(const std::vector<double>& weight, const std::vector<
 
 constexpr std::int64_t kGrain = 32768;  // elements that are worth another thread
 
-class Scratch {
+// part(share, first, last, scratch) for shares of the rows or of the pieces of images; shares are numbered from 0.
+class Parts {
  public:
-  explicit Scratch(const Problem& p)
-      : storage_(new char[std::size_t(table().scratch_bytes + table().scratch_bytes_column * p.period + 64)]) {}
-  void* get() { return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(storage_.get()) + 63) & ~std::uintptr_t{63}); }
+  explicit Parts(Problem& p) : Parts(p, set_units(p)) {}
 
- private:
-  std::unique_ptr<char[]> storage_;
-};
+  std::size_t count() const { return std::size_t(shares_.count); }
 
-// Rows side by side make bands whose length suits the vectors, and every channel has its columns in a band.
-std::int64_t period_of(const Problem& p) {
-  const std::int64_t whole = std::lcm(p.channels, std::int64_t(table().tile[p.type]));
-  return whole <= 4096 ? whole : std::lcm(p.channels, std::int64_t(table().group[p.type]));
-}
-
-// part(slot, first, last) for shares of the rows; slots are numbered from 0 to `count`.
-struct RowShares {
-  std::int64_t unit, rows;
-  Shares shares;
-  explicit RowShares(const Problem& p)
-      : unit(4 * (p.period / p.channels)), rows(p.outer),
-        shares((p.outer + unit - 1) / unit, std::max<std::int64_t>(1, kGrain / (unit * p.channels))) {}
   template <class Part>
   void run(const Part& part) const {
-    shares.run([&](std::int64_t slot, std::int64_t first, std::int64_t last) {
-      part(slot, std::min(rows, first * unit), std::min(rows, last * unit));
+    shares_.run([&](std::int64_t share, std::int64_t first, std::int64_t last) {
+      const std::unique_ptr<char[]> scratch(new char[std::size_t(scratch_bytes_)]);
+      const auto aligned = (reinterpret_cast<std::uintptr_t>(scratch.get()) + 63) & ~std::uintptr_t{63};
+      first = std::min(total_, first * unit_), last = std::min(total_, last * unit_);
+      if (first < last) part(share, first, last, reinterpret_cast<void*>(aligned));
     });
   }
-};
 
-// part(channel, slot, first, last) for shares of the images of every channel; with one slot, `whole(channel)` does a
-// channel from beginning to end, while it is in the cache.
-struct PlaneShares {
-  std::int64_t slots, images;
-  explicit PlaneShares(const Problem& p) : slots(1), images(p.outer) {
-    const std::int64_t threads = torch::stable::get_num_threads();
-    if (p.channels < threads && p.channels * p.n > 2 * kGrain) {
-      slots = std::min(p.outer, (2 * threads + p.channels - 1) / p.channels);
+ private:
+  Parts(const Problem& p, std::int64_t unit)
+      : unit_(unit), total_(p.outer * p.pieces),
+        scratch_bytes_(table().scratch_bytes + table().scratch_bytes_column * p.period + 64),
+        shares_((total_ + unit - 1) / unit, std::max<std::int64_t>(1, kGrain * total_ / (unit * p.n * p.channels))) {}
+
+  // Sets pieces, piece and period; returns how many rows or pieces stay together.
+  static std::int64_t set_units(Problem& p) {
+    p.pieces = 1, p.piece = p.inner, p.period = p.channels;
+    if (p.rows) {
+      // rows side by side make bands whose length suits the vectors
+      const std::int64_t whole = std::lcm(p.channels, std::int64_t(table().tile[p.type]));
+      p.period = whole <= 4096 ? whole : std::lcm(p.channels, std::int64_t(table().group[p.type]));
+      return 4 * (p.period / p.channels);
     }
+    const std::int64_t threads = torch::stable::get_num_threads();
+    if (p.outer < 4 * threads && p.inner >= 8192) {
+      p.pieces = std::min(p.inner / 4096, (4 * threads + p.outer - 1) / p.outer);
+      p.piece = (p.inner + p.pieces * 64 - 1) / (p.pieces * 64) * 64;
+      p.pieces = (p.inner + p.piece - 1) / p.piece;
+    }
+    return 1;
   }
-  std::int64_t start(std::int64_t slot) const { return images * slot / slots; }
-  template <class Part>
-  void run(const Problem& p, const Part& part) const {
-    const Shares shares(p.channels * slots, std::max<std::int64_t>(1, kGrain * slots / p.n));
-    shares.run([&](std::int64_t, std::int64_t first, std::int64_t last) {
-      for (std::int64_t i = first; i < last; ++i) part(i / slots, i % slots, start(i % slots), start(i % slots + 1));
-    });
-  }
+
+  std::int64_t unit_, total_, scratch_bytes_;
+  Shares shares_;
 };
 
 // Chan, Golub, LeVeque: the moments of two sets together.
@@ -240,72 +233,33 @@ struct Statistics {
   double eps;
   ScalarType type;
 
-  void set(std::int64_t channel, const Moments& m) {
-    const std::size_t i = std::size_t(channel);
+  void set(std::size_t i, const Moments& m) {
     mean[i] = rounded(m.mean, type);
     var[i] = rounded(m.m2 / m.n, type);
     scale[i] = rounded(weight[i] / std::sqrt(var[i] + eps), type);
   }
 };
 
-void forward_rows(Problem& p, Statistics& s, std::int64_t* active) {
+void run_forward(Problem& p, Statistics& s, std::int64_t* active) {
   const NormActTable& t = table();
-  p.period = period_of(p);
-  const RowShares shares(p);
-  const std::size_t count = std::size_t(shares.shares.count), channels = std::size_t(p.channels);
+  const Parts parts(p);
+  const std::size_t count = parts.count(), channels = std::size_t(p.channels);
   std::vector<Moments> moments(count * channels, Moments{0, 0, 0});
-  shares.run([&](std::int64_t slot, std::int64_t first, std::int64_t last) {
-    Scratch scratch(p);
-    if (first < last) t.statistics_rows[p.type](p, first, last, &moments[std::size_t(slot) * channels], scratch.get());
+  parts.run([&](std::int64_t share, std::int64_t first, std::int64_t last, void* scratch) {
+    t.statistics[p.type](p, first, last, &moments[std::size_t(share) * channels], scratch);
   });
   for (std::size_t c = 0; c < channels; ++c) {
-    for (std::size_t slot = 1; slot < count; ++slot) merge(moments[c], moments[slot * channels + c]);
-    s.set(std::int64_t(c), moments[c]);
+    for (std::size_t share = 1; share < count; ++share) merge(moments[c], moments[share * channels + c]);
+    s.set(c, moments[c]);
   }
   p.mean = s.mean.data(), p.scale = s.scale.data(), p.bias = s.bias.data();
   std::vector<std::int64_t> counts(count * channels, 0);
-  shares.run([&](std::int64_t slot, std::int64_t first, std::int64_t last) {
-    Scratch scratch(p);
-    if (first < last) t.forward_rows[p.type](p, first, last, &counts[std::size_t(slot) * channels], scratch.get());
+  parts.run([&](std::int64_t share, std::int64_t first, std::int64_t last, void* scratch) {
+    t.forward[p.type](p, first, last, &counts[std::size_t(share) * channels], scratch);
   });
   for (std::size_t c = 0; c < channels; ++c) {
     active[c] = 0;
-    for (std::size_t slot = 0; slot < count; ++slot) active[c] += counts[slot * channels + c];
-  }
-}
-
-void forward_planes(Problem& p, Statistics& s, std::int64_t* active) {
-  const NormActTable& t = table();
-  const PlaneShares shares(p);
-  Problem with = p;  // the same with the channel parameters, which statistics_planes must not see
-  with.mean = s.mean.data(), with.scale = s.scale.data(), with.bias = s.bias.data();
-  if (shares.slots == 1) {
-    shares.run(p, [&](std::int64_t c, std::int64_t, std::int64_t first, std::int64_t last) {
-      Moments m;
-      t.statistics_planes[p.type](p, c, first, last, m);
-      s.set(c, m);
-      Scratch scratch(p);
-      t.forward_planes[p.type](with, c, first, last, active[c], scratch.get());
-    });
-    return;
-  }
-  const std::size_t slots = std::size_t(shares.slots);
-  std::vector<Moments> moments(std::size_t(p.channels) * slots);
-  shares.run(p, [&](std::int64_t c, std::int64_t slot, std::int64_t first, std::int64_t last) {
-    t.statistics_planes[p.type](p, c, first, last, moments[std::size_t(c) * slots + std::size_t(slot)]);
-  });
-  for (std::int64_t c = 0; c < p.channels; ++c) {
-    Moments& all = moments[std::size_t(c) * slots];
-    for (std::size_t slot = 1; slot < slots; ++slot) merge(all, (&all)[slot]);
-    s.set(c, all);
-  }
-  std::vector<std::int64_t> counts(std::size_t(p.channels) * slots);
-  shares.run(p, [&](std::int64_t c, std::int64_t slot, std::int64_t first, std::int64_t last) {
-    Scratch scratch(p);
-    t.forward_planes[p.type](with, c, first, last, counts[std::size_t(c) * slots + std::size_t(slot)], scratch.get());
-  });
-  for (std::int64_t c = 0; c < p.channels; ++c) {
-    active[c] = std::accumulate(&counts[std::size_t(c) * slots], &counts[std::size_t(c) * slots] + slots, std::int64_t{0});
+    for (std::size_t share = 0; share < count; ++share) active[c] += counts[share * channels + c];
   }
 }
 
@@ -342,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
   } else {
     p.y = y.mutable_data_ptr();
     p.mask = bits ? mask.mutable_data_ptr<std::uint8_t>() : nullptr;
-    (p.rows ? forward_rows : forward_planes)(p, s, counts);
+    run_forward(p, s, counts);
   }
   return {y, active, tensor_of(s.mean, x, type), tensor_of(s.var, x, type), mask};
 }
@@ -350,78 +304,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
 // ---- backward -------------------------------------------------------------------------------------------------
 
 struct Gradients {
-  std::vector<double> weight, bias;                // in: nothing; out: the gradients
+  std::vector<double> weight, bias;  // their gradients
   std::vector<double> slope_back, offset_back;
   const std::vector<double>&scale, &var;
   double eps;
   ScalarType type;
 
-  // From the sums of dz and dz * (x - mean) over n values.
-  void set(std::int64_t channel, double dz, double dz_centred, double n) {
-    const std::size_t i = std::size_t(channel);
+  void set(std::size_t i, const GradientSums& sums, double n) {
     const double invstd = 1 / std::sqrt(var[i] + eps);
-    bias[i] = dz;
-    weight[i] = dz_centred * invstd;
+    bias[i] = sums.dz;
+    weight[i] = sums.dz_centred * invstd;
     slope_back[i] = rounded(scale[i] * invstd * weight[i] / n, type);
-    offset_back[i] = rounded(scale[i] * dz / n, type);
+    offset_back[i] = rounded(scale[i] * sums.dz / n, type);
   }
 };
 
-void backward_rows(Problem& p, Gradients& g) {
+void run_backward(Problem& p, Gradients& g) {
   const NormActTable& t = table();
-  p.period = period_of(p);
-  const RowShares shares(p);
-  const std::size_t count = std::size_t(shares.shares.count), channels = std::size_t(p.channels);
-  std::vector<double> sums(2 * count * channels, 0.0);
-  shares.run([&](std::int64_t slot, std::int64_t first, std::int64_t last) {
-    Scratch scratch(p);
-    double* own = &sums[2 * std::size_t(slot) * channels];
-    if (first < last) t.sums_rows[p.type](p, first, last, reinterpret_cast<double(*)[2]>(own), scratch.get());
+  const Parts parts(p);
+  const std::size_t count = parts.count(), channels = std::size_t(p.channels);
+  std::vector<GradientSums> sums(count * channels, GradientSums{0, 0});
+  parts.run([&](std::int64_t share, std::int64_t first, std::int64_t last, void* scratch) {
+    t.sums[p.type](p, first, last, &sums[std::size_t(share) * channels], scratch);
   });
   for (std::size_t c = 0; c < channels; ++c) {
-    double dz = 0, dz_centred = 0;
-    for (std::size_t slot = 0; slot < count; ++slot) {
-      dz += sums[2 * (slot * channels + c)];
-      dz_centred += sums[2 * (slot * channels + c) + 1];
+    GradientSums& all = sums[c];
+    for (std::size_t share = 1; share < count; ++share) {
+      all.dz += sums[share * channels + c].dz;
+      all.dz_centred += sums[share * channels + c].dz_centred;
     }
-    g.set(std::int64_t(c), dz, dz_centred, double(p.n));
+    g.set(c, all, double(p.n));
   }
   p.slope_back = g.slope_back.data(), p.offset_back = g.offset_back.data();
-  shares.run([&](std::int64_t, std::int64_t first, std::int64_t last) {
-    Scratch scratch(p);
-    if (first < last) t.input_rows[p.type](p, first, last, scratch.get());
-  });
-}
-
-void backward_planes(Problem& p, Gradients& g) {
-  const NormActTable& t = table();
-  const PlaneShares shares(p);
-  p.slope_back = g.slope_back.data(), p.offset_back = g.offset_back.data();
-  if (shares.slots == 1) {
-    shares.run(p, [&](std::int64_t c, std::int64_t, std::int64_t first, std::int64_t last) {
-      double sums[2];
-      t.sums_planes[p.type](p, c, first, last, sums);
-      g.set(c, sums[0], sums[1], double(p.n));
-      t.input_planes[p.type](p, c, first, last);
-    });
-    return;
-  }
-  const std::size_t slots = std::size_t(shares.slots);
-  std::vector<double> sums(2 * std::size_t(p.channels) * slots);
-  shares.run(p, [&](std::int64_t c, std::int64_t slot, std::int64_t first, std::int64_t last) {
-    double* own = &sums[2 * (std::size_t(c) * slots + std::size_t(slot))];
-    t.sums_planes[p.type](p, c, first, last, *reinterpret_cast<double(*)[2]>(own));
-  });
-  for (std::int64_t c = 0; c < p.channels; ++c) {
-    double dz = 0, dz_centred = 0;
-    for (std::size_t slot = 0; slot < slots; ++slot) {
-      dz += sums[2 * (std::size_t(c) * slots + slot)];
-      dz_centred += sums[2 * (std::size_t(c) * slots + slot) + 1];
-    }
-    g.set(c, dz, dz_centred, double(p.n));
-  }
-  shares.run(p, [&](std::int64_t c, std::int64_t, std::int64_t first, std::int64_t last) {
-    t.input_planes[p.type](p, c, first, last);
+  parts.run([&](std::int64_t, std::int64_t first, std::int64_t last, void* scratch) {
+    t.input[p.type](p, first, last, scratch);
   });
 }
 
@@ -461,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
     p.grad_x = grad_x.mutable_data_ptr();
     p.grad_residual = added ? grad_residual.mutable_data_ptr() : nullptr;
     p.mean = means.data(), p.scale = scale.data(), p.bias = biases.data();
-    (p.rows ? backward_rows : backward_planes)(p, g);
+    run_backward(p, g);
   }
   return {grad_x, tensor_of(g.weight, x, weight ? weight->scalar_type() : type),
           tensor_of(g.bias, x, bias ? bias->scalar_type() : type), grad_residual};

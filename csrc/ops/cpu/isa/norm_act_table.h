@@ -1,5 +1,4 @@
 // The functions that norm_act_loops.h provides for one instruction set, indexed by element type as in activation_table.h.
-// Each works on a part of the tensor, by one thread: images [begin, end) of a channel, or rows [begin, end).
 #pragma once
 
 #include <cstdint>
@@ -14,7 +13,10 @@ struct NormAct {
   void *y, *grad_x, *grad_residual;
   std::uint8_t* mask;  // bits of the active elements, where a residual was added before relu or leaky_relu
   std::int64_t outer, channels, inner;
-  std::int64_t period;  // channels last: columns in a band, a multiple of `channels` and of the type's `group`
+
+  // inner > 1: planes are cut into `pieces` of `piece` elements (a multiple of 64; the last is shorter).
+  // inner == 1: rows are done in bands of `period` columns, a multiple of `channels` and of the type's `group`.
+  std::int64_t pieces, piece, period;
 
   int act;
   bool added, noisy;
@@ -30,25 +32,26 @@ struct Moments {
   double n, mean, m2;
 };
 
+// Sums of dz and of dz * (x - mean).
+struct GradientSums {
+  double dz, dz_centred;
+};
+
+// All work on a share of the tensor, by one thread. [begin, end) counts rows where inner is 1 (`begin` a multiple of 4 and of
+// period / channels), otherwise the pieces of the images, each with all channels: unit u is piece u % pieces of image
+// u / pieces. Arrays have one entry a channel.
 struct NormActTable {
   int group[kTypes];  // elements whose bits are whole bytes: what a period is a multiple of
   int tile[kTypes];   // better a multiple of this as well
 
-  void (*statistics_planes[kTypes])(const NormAct&, std::int64_t channel, std::int64_t begin, std::int64_t end, Moments&);
-  void (*forward_planes[kTypes])(const NormAct&, std::int64_t channel, std::int64_t begin, std::int64_t end,
-                                 std::int64_t& active, void* scratch);
-  // sums: of dz and of dz * (x - mean). Writes grad_residual.
-  void (*sums_planes[kTypes])(const NormAct&, std::int64_t channel, std::int64_t begin, std::int64_t end, double (&sums)[2]);
-  void (*input_planes[kTypes])(const NormAct&, std::int64_t channel, std::int64_t begin, std::int64_t end);
-
-  // The same for rows; `begin` is a multiple of 4 and of period / channels. Arrays have one entry a channel.
-  void (*statistics_rows[kTypes])(const NormAct&, std::int64_t begin, std::int64_t end, Moments*, void* scratch);
-  void (*forward_rows[kTypes])(const NormAct&, std::int64_t begin, std::int64_t end, std::int64_t* active, void* scratch);
-  void (*sums_rows[kTypes])(const NormAct&, std::int64_t begin, std::int64_t end, double (*sums)[2], void* scratch);
-  void (*input_rows[kTypes])(const NormAct&, std::int64_t begin, std::int64_t end, void* scratch);
+  void (*statistics[kTypes])(const NormAct&, std::int64_t begin, std::int64_t end, Moments*, void* scratch);
+  void (*forward[kTypes])(const NormAct&, std::int64_t begin, std::int64_t end, std::int64_t* active, void* scratch);
+  // Writes grad_residual as well.
+  void (*sums[kTypes])(const NormAct&, std::int64_t begin, std::int64_t end, GradientSums*, void* scratch);
+  void (*input[kTypes])(const NormAct&, std::int64_t begin, std::int64_t end, void* scratch);
 
   std::int64_t scratch_bytes;         // aligned to 64 bytes, plus
-  std::int64_t scratch_bytes_column;  // as often as a period has columns (0 for planes)
+  std::int64_t scratch_bytes_column;  // as often as a period has columns
 };
 
 }  // namespace demp

@@ -44,22 +44,15 @@ struct Sums {
 
 // Where a tile lies: first element, its bits' first byte, rows and how far apart, and, for a tile that is cut off
 // at the right, how many elements of it there are.
-// `ahead`: how many elements further what is needed next begins.
 struct Place {
-  std::int64_t at, byte, rows, stride, elements, ahead;
+  std::int64_t at, byte, rows, stride, elements;
 };
-
-// Planes of one channel lie apart, and a hardware prefetcher starts anew in every one of them.
-template <bool cut, class T>
-DEMP_INLINE void fetch(const T* p, std::int64_t ahead) {
-  if (!cut && ahead) __builtin_prefetch(p + ahead);
-}
 
 // A tile's loop is a function of its own, called through a pointer, so that what walks over planes and rows is compiled
 // once for all of them. Parameters and sums are copied to local arrays: through the references the compiler would have to
 // read and write them again after every store.
 template <class T, int W>
-using Loop = void (*)(const Context<T>&, Place, const PerChannel<T, W>&, Sums<T, W>&);
+using Loop = void (*)(const Context<T>&, const Place&, const PerChannel<T, W>&, Sums<T, W>&);
 
 template <class T>
 struct Loops {
@@ -169,15 +162,15 @@ struct StatisticsTile {
   static constexpr bool sums_up = true, counts = false, wide = true;
 
   template <bool cut, int W>
-  static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
+  static void run(const Context<T>& context, const Place& where, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
     const Context<T> c = context;
     const PerChannel<T, W> p = per_channel;
+    Place place = where;
     constexpr int n = Lanes<T>::n;
     typename Lanes<T>::V a[W] = {}, b[W] = {};
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n;
-        fetch<cut>(c.x + place.at + w * n, place.ahead);
         typename Lanes<T>::V d = load<cut>(c.x + place.at + w * n, left) - p.mean[w];
         if (cut) d = first_lanes(d, left);
         a[w] += d;
@@ -195,9 +188,10 @@ struct ForwardTile {
   static constexpr bool sums_up = false, counts = true, wide = relu;
 
   template <bool cut, int W>
-  static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
+  static void run(const Context<T>& context, const Place& where, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
     const Context<T> c = context;
     const PerChannel<T, W> p = per_channel;
+    Place place = where;
     typedef typename Lanes<T>::V V;
     typedef typename Lanes<T>::I I;
     typedef typename Lanes<T>::M M;
@@ -208,10 +202,7 @@ struct ForwardTile {
       std::uint64_t bits = 0;
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
-        fetch<cut>(c.x + at, place.ahead);
-        fetch<cut>(c.y + at, place.ahead);
         V z = (load<cut>(c.x + at, left) - p.mean[w]) * p.scale[w] + p.bias[w];
-        if (added) fetch<cut>(c.residual + at, place.ahead);
         if (added) z += load<cut>(c.residual + at, left);
         if (cut) z = first_lanes(z, left);
         const typename M::Mask live = M::active((I)z);
@@ -271,9 +262,10 @@ struct GradientSumsTile {
   static constexpr bool sums_up = true, counts = false, wide = relu;
 
   template <bool cut, int W>
-  static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
+  static void run(const Context<T>& context, const Place& where, const PerChannel<T, W>& per_channel, Sums<T, W>& sums) {
     const Context<T> c = context;
     const PerChannel<T, W> p = per_channel;
+    Place place = where;
     typedef typename Lanes<T>::V V;
     constexpr int n = Lanes<T>::n;
     typename Lanes<T>::V a[W] = {}, b[W] = {};
@@ -284,9 +276,6 @@ struct GradientSumsTile {
       if (from_mask && cut) bits = load_bits(c.mask + place.byte, (place.elements + 7) / 8);
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
-        fetch<cut>(c.x + at, place.ahead);
-        fetch<cut>(c.grad + at, place.ahead);
-        if (added) fetch<cut>(c.grad_residual + at, place.ahead);
         const V centred = load<cut>(c.x + at, left) - p.mean[w];
         V dz = activation_gradient<relu, added, cut, W>(c, p, w, at, left, bits, centred);
         if (cut) dz = first_lanes(dz, left);
@@ -306,17 +295,15 @@ struct GradientInputTile {
   static constexpr bool sums_up = false, counts = false, wide = relu;
 
   template <bool cut, int W>
-  static void run(const Context<T>& context, Place place, const PerChannel<T, W>& per_channel, Sums<T, W>&) {
+  static void run(const Context<T>& context, const Place& where, const PerChannel<T, W>& per_channel, Sums<T, W>&) {
     const Context<T> c = context;
     const PerChannel<T, W> p = per_channel;
+    Place place = where;
     typedef typename Lanes<T>::V V;
     constexpr int n = Lanes<T>::n;
     for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
-        fetch<cut>(c.x + at, place.ahead);
-        fetch<cut>(added ? c.grad_residual + at : c.grad + at, place.ahead);
-        fetch<cut>(c.grad_x + at, place.ahead);
         const V centred = load<cut>(c.x + at, left) - p.mean[w];
         V dz;
         if constexpr (added) {
