@@ -16,6 +16,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": (".recipes.train_command", "train with DemP, beside a dense baseline"),
+    "compare": (".recipes.compare_command", "compare DemP with other structured pruning methods"),
     "bench": (".bench.command", "measure the kernels beside PyTorch and a copy"),
 }
 """Name -> (module, what it does). A module is imported when its command is called: its dependencies are optional."""
@@ -73,4 +74,5 @@ def _command(name: str, module: str) -> Any:
     try:
         return import_module(module, __package__)
     except ModuleNotFoundError as error:
-        raise RecipeError(f"needs {error.name}, which is not installed: pip install 'demp-kernels[{name}]'") from error
+        extra = "bench" if name == "bench" else "train"
+        raise RecipeError(f"needs {error.name}, which is not installed: pip install 'demp-kernels[{extra}]'") from error

@@ -1,6 +1,7 @@
 """The training loop: one for the dense baseline, for DemP, and for whatever is compared with them."""
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import time
@@ -23,14 +24,11 @@ from .flops import count_flops, count_parameters
 from .machine import StepClock
 from .methods import Method, Plan
 from .models import MODELS, build_model, is_convolutional
+from .optimisation import build_optimizer, build_schedule
 from .settings import TrainSettings
 
-__all__ = ["RunResult", "Training", "Watcher", "read_data", "warm_up"]
+__all__ = ["RunResult", "Training", "Watcher", "new_model", "read_data", "warm_up"]
 
-WARM_UP = 0.15
-"""Share of the run in which the learning rate rises. Adam moves a scale by about the learning rate a step, whatever the
-penalty, so units begin to die only when it has been high for a while: with torch's 0.3, units of the digits' ResNet-18
-died from step 154 of 440 on and the run took 65% of the dense operations; with 0.15, from step 110 on and 47%."""
 ROWS = 200
 """Rows that a run writes into its log, about; the ends of epochs come on top."""
 
@@ -46,6 +44,8 @@ class RunResult:
     """Part of `train_seconds`: preparation and analysis of the network."""
     seconds_per_step_first: float | None = None
     seconds_per_step_last: float | None = None
+    train_flops: int = 0
+    """Of all steps: three times the forward's, as backward computes two products for each of the forward's."""
     steps: int = 0
     total_steps: int = 0
     params: int = 0
@@ -74,8 +74,7 @@ class Training:
         settings: resolved. method: what to add to plain training. data: batches on the device.
         watchers: told of every logged row.
 
-    Equal settings give equal initial weights and equal batches, whatever the method. The optimiser is AdamW (fused)
-    with decoupled weight decay on all parameters; the learning rate follows one cycle.
+    Equal settings give equal initial weights and equal batches, whatever the method.
     """
 
     def __init__(self, settings: TrainSettings, method: Method, data: ImageData, watchers: list[Watcher]) -> None:
@@ -95,13 +94,10 @@ class Training:
         example = torch.zeros(2, data.channels, data.image_size, data.image_size, device=self.device)
         try:
             self.model = method.prepare(model, example.contiguous(memory_format=self.layout))
-            self.optimizer = torch.optim.AdamW(
-                self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-            )
-            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimizer, settings.lr, total_steps=total_steps + 1, pct_start=WARM_UP, cycle_momentum=False
-            )
-            method.attach(self.model, self.optimizer, Plan(settings, total_steps, steps_per_epoch, self._scan_batches))
+            self.optimizer = build_optimizer(settings, self.model.parameters())
+            self.schedule = build_schedule(settings, self.optimizer, total_steps)
+            plan = Plan(settings, total_steps, steps_per_epoch, self._scan_batches, self._labelled_batches)
+            method.attach(self.model, self.optimizer, plan)
         except (PrepareError, CompactionError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(f"{settings.model} cannot be trained with {method.name}: {reason}") from error
@@ -138,6 +134,7 @@ class Training:
             task += loss
             clock.stop()
             result.steps += 1
+            result.train_flops += 3 * result.flops * self.settings.batch_size
             if changed:
                 self._measure_model()
             at_end = result.steps == last
@@ -152,7 +149,7 @@ class Training:
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
         images = images.contiguous(memory_format=self.layout)
         with self._autocast():
-            task = F.cross_entropy(self._step_model(images), labels)
+            task = F.cross_entropy(self._step_model(images), labels, label_smoothing=self.settings.label_smoothing)
         penalty = self.method.penalty()
         loss = task if penalty is None else task + penalty
         self.scaler.scale(loss).backward()
@@ -215,6 +212,11 @@ class Training:
     def _scan_batches(self) -> Iterator[Tensor]:
         for images in self.data.train.scan():
             yield images.contiguous(memory_format=self.layout)
+
+    def _labelled_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # read afresh: drawing from `self.data` would change the order of the run's own batches
+        for images, labels in itertools.islice(read_data(self.settings).train, count):
+            yield images.contiguous(memory_format=self.layout), labels
 
     def _autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.settings.amp == "fp16" else torch.bfloat16

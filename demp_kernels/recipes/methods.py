@@ -50,6 +50,8 @@ class Plan:
     total_steps: int
     steps_per_epoch: int
     scan_batches: Callable[[], Iterable[Any]]
+    labelled_batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]]
+    """So many batches of training images and labels, which the run itself does not draw."""
 
 
 class Dense:
@@ -94,6 +96,7 @@ class Demon:
             total_steps=plan.total_steps,
             peak_penalty=settings.peak_penalty,
             peak_noise=settings.peak_noise,
+            ramp_steps=max(1, int(settings.ramp * plan.total_steps)),
             prune_every=settings.prune_every or plan.steps_per_epoch,
             criterion=settings.criterion,
             scan_batches=plan.scan_batches if settings.criterion == "scan" else None,

@@ -9,10 +9,18 @@ from typing import Any
 from .errors import need
 from .loop import RunResult
 
-__all__ = ["TITLES", "accuracy_against_time", "layers_over_time", "step_time", "task_loss", "units_and_penalty"]
+__all__ = [
+    "COLOURS", "TITLES", "accuracy_against_time", "drawing", "layers_over_time", "step_time", "task_loss", "units_and_penalty",
+]
 
-TITLES = {"dense": "dense", "demp": "DemP"}
-COLOURS = {"dense": "#7b8494", "demp": "#0f7b6c"}
+TITLES = {
+    "dense": "dense", "demp": "DemP", "snap": "SNAP", "cropit": "CroP-it", "early-snap": "EarlySNAP",
+    "early-crop": "EarlyCroP", "l1": "L1 norm", "random": "random",
+}
+COLOURS = {
+    "dense": "#7b8494", "demp": "#0f7b6c", "snap": "#c8553d", "cropit": "#3f6fb5", "early-snap": "#e0a43a",
+    "early-crop": "#8d5fb0", "l1": "#b23a6f", "random": "#b8a07e",
+}
 ACCENT = "#c8553d"
 INK, FAINT = "#1f2933", "#d9dee5"
 
@@ -26,7 +34,7 @@ STYLE = {
 
 def accuracy_against_time(runs: list[RunResult]) -> str:
     """Test accuracy (percent) of each run against its own training seconds."""
-    with _figure(5.6, 3.4) as (figure, svg):
+    with drawing(5.6, 3.4) as (figure, svg):
         axes = figure.subplots()
         for run in runs:
             rows = [row for row in run.rows if row["accuracy"] is not None]
@@ -46,7 +54,7 @@ def accuracy_against_time(runs: list[RunResult]) -> str:
 
 def step_time(runs: list[RunResult]) -> str:
     """Milliseconds a step of each run against the step."""
-    with _figure(5.6, 3.4) as (figure, svg):
+    with drawing(5.6, 3.4) as (figure, svg):
         axes = figure.subplots()
         for run in runs:
             steps = [row["step"] for row in run.rows]
@@ -65,7 +73,7 @@ def step_time(runs: list[RunResult]) -> str:
 
 def task_loss(runs: list[RunResult]) -> str:
     """Training loss of each run, without the penalty, against the step."""
-    with _figure(5.6, 3.4) as (figure, svg):
+    with drawing(5.6, 3.4) as (figure, svg):
         axes = figure.subplots()
         for run in runs:
             axes.plot([row["step"] for row in run.rows], [row["loss"] for row in run.rows], **_line(run))
@@ -79,7 +87,7 @@ def task_loss(runs: list[RunResult]) -> str:
 
 def units_and_penalty(run: RunResult) -> str:
     """All live units against the step, with the penalty's weight behind them."""
-    with _figure(5.6, 3.4) as (figure, svg):
+    with drawing(5.6, 3.4) as (figure, svg):
         axes = figure.subplots()
         back = axes.twinx()
         steps = [row["step"] for row in run.rows]
@@ -107,7 +115,7 @@ def units_and_penalty(run: RunResult) -> str:
 def layers_over_time(run: RunResult) -> str:
     """Share of live units of every layer: over time as colour, at the end as a number."""
     layers = list(run.total)
-    with _figure(11.6, 0.9 + 0.27 * len(layers)) as (figure, svg):
+    with drawing(11.6, 0.9 + 0.27 * len(layers)) as (figure, svg):
         axes = figure.subplots()
         edges, _ = _steps_of(run, len)
         shares = [[live[layer] / run.total[layer] for _, live in run.units] for layer in layers]
@@ -143,7 +151,7 @@ def _line(run: RunResult) -> dict[str, Any]:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[tuple[Any, Callable[[], str]]]:
+def drawing(width: float, height: float) -> Iterator[tuple[Any, Callable[[], str]]]:
     """A figure of that many inches and a function that gives its SVG once it is drawn."""
     matplotlib = need("matplotlib", "the report")
     need("matplotlib.figure", "the report")

@@ -1,12 +1,9 @@
 """The results of `demp train`: a table in the terminal, summary.json, report.html."""
 from __future__ import annotations
 
-import base64
-import html
 import json
 from datetime import datetime, timezone
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from rich import box
@@ -15,6 +12,7 @@ from rich.table import Table
 from . import plots
 from .data import ImageData
 from .loop import RunResult
+from .page import page
 from .progress import duration
 from .settings import TrainSettings
 
@@ -120,19 +118,19 @@ def write_report(path: Path, runs: list[RunResult], content: dict[str, Any], fil
         figures.append(("Live units, and the penalty behind them", plots.units_and_penalty(demp)))
         wide.append(("Live units of every layer", plots.layers_over_time(demp)))
     settings, data = content["settings"], content["data"]
-    page = Template((Path(__file__).parent / "report.html").read_text()).substitute(
-        title=html.escape(f"{settings['model']} on {data['name']}"),
-        subtitle=html.escape(_subtitle(content)),
-        notice=_notice(content),
-        cards="".join(_card(*card) for card in _cards(content)),
-        head="".join(f"<th>{html.escape(title)}</th>" for title in titles),
-        body="".join(f"<tr>{_cells(row)}</tr>" for row in rows),
-        figures="".join(_figure(*figure) for figure in figures),
-        wide="".join(_figure(*figure) for figure in wide),
-        settings=_pairs({**settings, **content["machine"], **content["versions"]}),
-        files="".join(f'<li><a href="{html.escape(name)}">{html.escape(name)}</a></li>' for name in files),
-    )
-    path.write_text(page)
+    path.write_text(page(
+        title=f"{settings['model']} on {data['name']}",
+        subtitle=_subtitle(content),
+        notice="Stopped before the end: what was known then." if content["interrupted"] else "",
+        cards=_cards(content),
+        titles=titles,
+        rows=rows,
+        emphasis="demp",
+        figures=figures,
+        wide=wide,
+        facts={**settings, **content["machine"], **content["versions"]},
+        files=files,
+    ))
 
 
 def _cards(content: dict[str, Any]) -> list[tuple[str, str]]:
@@ -162,40 +160,6 @@ def _subtitle(content: dict[str, Any]) -> str:
         f"{machine.get('gpu') or machine['processor']}, {machine['threads']} threads, "
         f"torch {content['versions']['torch']}. {content['date'][:10]}."
     )
-
-
-def _notice(content: dict[str, Any]) -> str:
-    return '<p class="notice">Stopped before the end: what was known then.</p>' if content["interrupted"] else ""
-
-
-def _card(number: str, text: str) -> str:
-    return f'<div class="card"><b>{html.escape(number)}</b><span>{html.escape(text)}</span></div>'
-
-
-def _cells(row: list[str]) -> str:
-    first, *others = (html.escape(cell) for cell in row)
-    return f"<th>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in others)
-
-
-def _figure(title: str, svg: str) -> str:
-    # as an image: ids and styles of one figure cannot reach another
-    source = base64.b64encode(svg.encode()).decode()
-    return (
-        f'<figure><figcaption>{html.escape(title)}</figcaption>'
-        f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{source}"></figure>'
-    )
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    shown = {name: value for name, value in values.items() if value is not None}
-    return "".join(
-        f"<div><dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(_plain(value))}</dd></div>"
-        for name, value in shown.items()
-    )
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _percent(share: float | None) -> str:

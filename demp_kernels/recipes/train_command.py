@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from ..training.penalty import PENALTY_TARGETS
 from .data import DATA
 from .models import MODELS
-from .settings import AMP, CRITERIA, DEFAULTS, TrainSettings
+from .recipe_files import read_recipe, recipe_summaries
+from .settings import AMP, CRITERIA, DEFAULTS, LR_SCHEDULES, OPTIMIZERS, WARM_UP, TrainSettings
 from .train import train
 
-__all__ = ["add_parser"]
+__all__ = ["add_flags", "add_parser", "settings_from"]
 
 DESCRIPTION = """\
 Trains a dense network and the same one with DemP, whose dying units are removed on the way, under the same seed and
@@ -21,6 +23,7 @@ budget. Prints a table; writes metrics.csv, units.csv, summary.json, report.html
 # (group, flags); a flag without "type" or "action" is a text. What is not given keeps TrainSettings' default.
 FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("network and data", {
+        "--recipe": {"metavar": "NAME", "help": "start from a named recipe (listed below) or a JSON file of settings"},
         "--model": {"metavar": "NAME", "help":
             f"{', '.join(MODELS)}, or a classification model of torchvision (default: resnet18)"},
         "--width": {"type": int, "help": "channels of the first stage (vit: of a token, mlp: of a hidden layer)"},
@@ -34,8 +37,15 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("training", {
         "--epochs": {"type": int, "help": "passes over the training images"},
         "--batch-size": {"type": int, "help": "images a step"},
-        "--lr": {"type": float, "help": "peak of the one-cycle learning rate of AdamW"},
+        "--optimizer": {"choices": OPTIMIZERS, "help": "adamw (default), or sgd with momentum"},
+        "--lr": {"type": float, "help": "peak of the learning rate"},
+        "--momentum": {"type": float, "help": "of sgd (default: 0.9)"},
         "--weight-decay": {"type": float, "help": "decoupled (default: 5e-4)"},
+        "--label-smoothing": {"type": float, "help": "share of the label given to all classes (default: 0)"},
+        "--lr-schedule": {"choices": LR_SCHEDULES, "help": "one-cycle (default), steps, constant"},
+        "--lr-drops": {"type": int, "nargs": "+", "metavar": "EPOCH", "help": "epochs at which steps drops the rate"},
+        "--lr-factor": {"type": float, "help": "what a drop multiplies the rate by (default: 0.1)"},
+        "--warm-up": {"type": float, "help": f"share of the run in which the rate rises (default: {WARM_UP:g})"},
         "--seed": {"type": int, "help": "of initial weights, batches and noise (default: 0)"},
     }),
     ("DemP", {
@@ -43,6 +53,7 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
         "--penalty-on": {"choices": PENALTY_TARGETS, "help":
             "what is penalised (default: scales, or weights in a network without normalisation)"},
         "--peak-noise": {"type": float, "help": "peak standard deviation of the weight noise (default: 5e-5)"},
+        "--ramp": {"type": float, "help": "share of the run that the penalty's one cycle takes (default: 0.87)"},
         "--prune-every": {"type": int, "help": "look for dead units every N steps (default: once an epoch)"},
         "--criterion": {"choices": CRITERIA, "help":
             "a unit is dead that was never active in the training steps since the last look (window, the default) or "
@@ -72,25 +83,40 @@ def add_parser(commands: Any) -> None:
         "train", description=DESCRIPTION, epilog=_epilog(), formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    for title, flags in FLAGS:
-        group = parser.add_argument_group(title)
-        for flag, options in flags.items():
-            metavar = METAVARS.get(options.get("type"))
-            group.add_argument(flag, **({"metavar": metavar} if metavar else {}), **options)
+    add_flags(parser)
     parser.set_defaults(run=_run)
 
 
+def add_flags(parser: argparse.ArgumentParser, without: Container[str] = ()) -> None:
+    """Give `parser` the flags of a training run, except for those in `without`."""
+    for title, flags in FLAGS:
+        group = parser.add_argument_group(title)
+        for flag, options in flags.items():
+            if flag not in without:
+                metavar = METAVARS.get(options.get("type"))
+                group.add_argument(flag, **{**({"metavar": metavar} if metavar else {}), **options})
+
+
 def _run(chosen: argparse.Namespace) -> None:
+    train(settings_from(chosen))
+
+
+def settings_from(chosen: argparse.Namespace) -> TrainSettings:
+    """The recipe's settings, with those of the flags over them."""
     names = {field.name for field in fields(TrainSettings)}
-    train(TrainSettings(**{name: value for name, value in vars(chosen).items() if name in names}))
+    flags = {name: value for name, value in vars(chosen).items() if name in names}
+    if "lr_drops" in flags:
+        flags["lr_drops"] = tuple(flags["lr_drops"])
+    return TrainSettings(**{**(read_recipe(chosen.recipe) if "recipe" in chosen else {}), **flags})
 
 
 def _epilog() -> str:
     lines = ["defaults by data set:"]
     for data, values in DEFAULTS.items():
         lines.append(f"  {data}: " + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items()))
+    recipes = [f"  {name}: {about}" for name, about in recipe_summaries().items()]
     return "\n".join([
-        *lines, "  (the widths are those of resnet18; networks without batch norm start at --lr 0.001)",
+        "recipes:", *recipes, "", *lines, "  (the widths are those of resnet18; networks without batch norm start at --lr 0.001)",
         "", "Kernels for convolutions and tensor cores work in blocks of channels: a multiple of 8 is faster than a few",
         "units less. --round-to 1 removes every dead unit.",
     ])

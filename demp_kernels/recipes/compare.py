@@ -1,0 +1,258 @@
+"""`demp compare`: DemP, the dense network and rival pruning methods over seeds and sparsities; resumable run by run."""
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..graph import finalize
+from .errors import RecipeError, need
+from .loop import RunResult, Training, Watcher, new_model, read_data, warm_up
+from .machine import machine_facts, prepare_machine, versions
+from .methods import Demon, Dense, Method
+from .rivals import RIVALS, Rival
+from .settings import TrainSettings
+
+__all__ = ["METHODS", "Comparison", "Run", "compare", "table_rows"]
+
+METHODS = ("dense", "demp", *RIVALS)
+SETTINGS_FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    methods: of `METHODS`. seeds: runs of each, with seeds 0, 1, ... peak_penalties: a DemP run for each.
+    sparsities: parameter sparsities of the rivals; empty: each DemP run's own, so that they are matched seed by seed.
+    """
+
+    methods: tuple[str, ...] = ("dense", "demp", "snap", "cropit", "early-snap", "early-crop", "l1", "random")
+    seeds: int = 3
+    peak_penalties: tuple[float, ...] = ()
+    sparsities: tuple[float, ...] = ()
+
+    def check(self) -> None:
+        """Raises RecipeError for a wrong choice."""
+        for method in self.methods:
+            if method not in METHODS:
+                raise RecipeError(f"methods must be of {', '.join(METHODS)}, got {method!r}")
+        if len(set(self.methods)) < len(self.methods):
+            raise RecipeError(f"methods must be different ones, got {' '.join(self.methods)}")
+        if self.seeds < 1:
+            raise RecipeError(f"seeds must be at least 1, got {self.seeds}")
+        for penalty in self.peak_penalties:
+            if not penalty > 0:
+                raise RecipeError(f"peak-penalty must be above 0, got {penalty}")
+        for sparsity in self.sparsities:
+            if not 0 < sparsity < 1:
+                raise RecipeError(f"sparsity must be between 0 and 1, got {sparsity}")
+        if not self.sparsities and "demp" not in self.methods and set(self.methods) & set(RIVALS):
+            raise RecipeError("sparsity is required where demp, whose sparsity the others would match, is not compared")
+
+
+@dataclass
+class Run:
+    """One finished run of the comparison.
+
+    level: "" (dense), "penalty 0.03" (DemP's peak; for a rival, that of the DemP run it matches) or "sparsity 0.9".
+    sparsity, neuron_sparsity: shares of the dense network's parameters and units that are gone.
+    inference_ms: median of a batch of up to 128 test images, without gradients, of the finished plain network.
+    """
+
+    method: str
+    level: str
+    seed: int
+    accuracy: float
+    sparsity: float
+    neuron_sparsity: float
+    train_flops: int
+    train_seconds: float
+    inference_ms: float
+    result: RunResult
+
+    @property
+    def file(self) -> str:
+        parts = [self.method, self.level.replace(" ", "-"), f"seed-{self.seed}"]
+        return "-".join(filter(None, parts)) + ".json"
+
+    def save(self, folder: Path) -> None:
+        """Whole or not at all, so that a kill leaves nothing half written."""
+        part = folder / (self.file + ".part")
+        part.write_text(json.dumps(asdict(self)) + "\n")
+        os.replace(part, folder / self.file)
+
+    @classmethod
+    def load(cls, file: Path) -> Run:
+        try:
+            content = json.loads(file.read_text())
+            result = RunResult(**content.pop("result"))
+            result.units = [(step, live) for step, live in result.units]
+            return cls(**content, result=result)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RecipeError(f"out has a damaged run, {file}; remove it to repeat it ({error})") from error
+
+
+def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
+    """Make the runs that `out` does not have yet, one after the other, and write runs.csv, table.csv and comparison.html.
+
+    Stopped at any moment and called again with the same settings, it goes on behind the last finished run. Raises
+    RecipeError, in one line, for what cannot be compared or an `out` of another comparison.
+    """
+    for module in ("rich", "matplotlib"):
+        need(module, "demp compare")
+    from rich.console import Console
+
+    from . import comparison_report
+    from .progress import ProgressDisplay
+
+    comparison.check()
+    settings = settings.resolved()
+    device = torch.device(settings.device)
+    prepare_machine(device, settings.threads)
+    folder = _runs_folder(settings, comparison)
+    console = Console()
+    data = read_data(settings)
+    warm_up(settings, data)
+    runs: list[Run] = []
+    facts = {**machine_facts(device), **versions()}
+    planned = _count(settings, comparison)
+    for method, level, seeded in _plan(settings, comparison, runs):
+        wanted = Run(method.name, level, seeded.seed, 0, 0, 0, 0, 0, 0, RunResult(method.name))
+        headline = f"run {len(runs) + 1} of {planned}: {' '.join(filter(None, (method.name, level)))}, seed {seeded.seed}"
+        if (folder / wanted.file).is_file():
+            runs.append(Run.load(folder / wanted.file))
+            console.print(f"{headline}: there already", highlight=False)
+            continue
+        console.print(headline, highlight=False)
+        with ProgressDisplay(console) as progress:
+            run = _run(method, level, seeded, [progress])
+        run.save(folder)
+        runs.append(run)
+        comparison_report.write(settings.out, settings, runs, facts)  # a report of what there is, from the first run on
+    comparison_report.write(settings.out, settings, runs, facts)
+    console.print(comparison_report.terminal_table(runs))
+    console.print(f"written to {settings.out}: comparison.html, table.csv, runs.csv", soft_wrap=True)
+    return runs
+
+
+def _plan(
+    settings: TrainSettings, comparison: Comparison, runs: list[Run]
+) -> Iterator[tuple[Method, str, TrainSettings]]:
+    """The runs in order. DemP goes first in each seed: the others match the sparsity it reached, found in `runs`."""
+    penalties = comparison.peak_penalties or (settings.peak_penalty,)
+    for seed in range(comparison.seeds):
+        seeded = replace(settings, seed=seed)
+        if "dense" in comparison.methods:
+            yield Dense(), "", seeded
+        targets = {f"sparsity {sparsity:g}": sparsity for sparsity in comparison.sparsities}
+        if "demp" in comparison.methods:
+            for penalty in penalties:
+                level = f"penalty {penalty:g}"
+                yield Demon(), level, replace(seeded, peak_penalty=penalty)
+                if not comparison.sparsities:
+                    targets[level] = runs[-1].sparsity
+        for level, sparsity in targets.items():
+            for name in comparison.methods:
+                if name in RIVALS:
+                    yield Rival(name, sparsity), level, seeded
+
+
+def _count(settings: TrainSettings, comparison: Comparison) -> int:
+    penalties = len(comparison.peak_penalties) or 1
+    own = ("dense" in comparison.methods) + ("demp" in comparison.methods) * penalties
+    rivals = sum(name in RIVALS for name in comparison.methods)
+    return comparison.seeds * (own + rivals * (len(comparison.sparsities) or penalties))
+
+
+def _run(method: Method, level: str, settings: TrainSettings, watchers: list[Watcher]) -> Run:
+    data = read_data(settings)
+    training = Training(settings, method, data, watchers)
+    dense = training.result.params if method.name == "dense" else _dense_parameters(settings)
+    result = training.run()
+    live, total = sum(result.live.values()), sum(result.total.values())
+    model = training.model if method.name == "dense" else finalize(training.model)
+    images = next(iter(data.test))[0][:128].contiguous(memory_format=training.layout)
+    return Run(
+        method.name, level, settings.seed, result.accuracy, 1 - result.params / dense, 1 - live / total if total else 0.0,
+        result.train_flops, result.train_seconds, 1e3 * _inference_seconds(model, images), result,
+    )
+
+
+def _dense_parameters(settings: TrainSettings) -> int:
+    return sum(p.numel() for p in new_model(settings, read_data(settings)).parameters())
+
+
+@torch.no_grad()
+def _inference_seconds(model: nn.Module, images: torch.Tensor) -> float:
+    model.eval()
+    seconds = []
+    for _ in range(18):
+        began = time.perf_counter()
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        seconds.append(time.perf_counter() - began)
+    return median(seconds[3:])
+
+
+def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
+    """The folder of the runs in `out`, which may hold those of an earlier start of the same comparison only."""
+    folder = settings.out / "runs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"out cannot be made: {settings.out}: {error.strerror}") from error
+    # what a run depends on; methods, seeds and levels may be added later
+    facts = {name: value for name, value in settings.as_json().items() if name not in ("seed", "out", "peak_penalty")}
+    facts["torch_threads"] = torch.get_num_threads()
+    facts = json.loads(json.dumps(facts))
+    file = settings.out / SETTINGS_FILE
+    if file.is_file():
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise RecipeError(f"out has a damaged {SETTINGS_FILE}: {file}") from error
+        for name in facts:
+            if before.get(name) != facts[name]:
+                raise RecipeError(
+                    f"out has a comparison with {name} {before.get(name)}, got {facts[name]}: choose another --out"
+                )
+    file.write_text(json.dumps(facts, indent=2) + "\n")
+    return folder
+
+
+COLUMNS = (
+    "method", "level", "runs", "accuracy", "accuracy_std", "sparsity", "neuron_sparsity", "train_flops", "train_seconds",
+    "speedup", "inference_ms",
+)
+"""Columns of table.csv: means over the seeds; accuracy_std: sample standard deviation (0 for one run); speedup: mean over
+the seeds of dense train_seconds / train_seconds, empty without a dense run of that seed."""
+
+
+def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
+    """A row for each method and level, in the order in which they were first run."""
+    dense = {run.seed: run.train_seconds for run in runs if run.method == "dense"}
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.level), []).append(run)
+    rows = []
+    for (method, level), group in groups.items():
+        accuracy = [run.accuracy for run in group]
+        speedups = [dense[run.seed] / run.train_seconds for run in group if run.seed in dense]
+        rows.append({
+            "method": method, "level": level, "runs": len(group), "accuracy": mean(accuracy),
+            "accuracy_std": stdev(accuracy) if len(accuracy) > 1 else 0.0,
+            **{name: mean(getattr(run, name) for run in group)
+               for name in ("sparsity", "neuron_sparsity", "train_flops", "train_seconds", "inference_ms")},
+            "speedup": mean(speedups) if speedups else None,
+        })
+    return rows

@@ -1,0 +1,44 @@
+"""Flags of `demp compare`."""
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .compare import METHODS, Comparison, compare
+from .train_command import add_flags, settings_from
+
+__all__ = ["add_parser"]
+
+DESCRIPTION = """\
+Trains the same network with DemP, without pruning and with other structured pruning methods, for several seeds, and
+compares accuracy, sparsity and time. Finished runs are kept in --out: started again after a stop, it goes on from there.
+Without --sparsity the rivals prune to the parameter sparsity that DemP reached with the same seed."""
+
+REPLACED = ("--peak-penalty", "--seed", "--no-baseline", "--tensorboard")
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    group = parser.add_argument_group("what is compared")
+    group.add_argument("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} (default: all)")
+    group.add_argument("--seeds", type=int, metavar="N", help="runs of each method, with seeds 0 to N-1 (default: 3)")
+    group.add_argument(
+        "--peak-penalty", type=float, nargs="+", metavar="X", help="a DemP run for each (default: that of the recipe)"
+    )
+    group.add_argument("--sparsity", type=float, nargs="+", metavar="X", help="parameter sparsities of the rivals")
+    add_flags(parser, without=REPLACED)
+    parser.set_defaults(run=_run)
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    given = vars(chosen)
+    names = {"methods": "methods", "seeds": "seeds", "peak_penalty": "peak_penalties", "sparsity": "sparsities"}
+    choices = {
+        name: tuple(given[flag]) if isinstance(given[flag], list) else given[flag]
+        for flag, name in names.items() if flag in given
+    }
+    given.pop("peak_penalty", None)
+    compare(settings_from(chosen), Comparison(**choices))

@@ -1,0 +1,53 @@
+"""Figures of `demp compare`, as SVG text."""
+from __future__ import annotations
+
+from typing import Any
+
+from .compare import Run
+from .plots import COLOURS, TITLES, drawing
+
+__all__ = ["accuracy_against", "live_units"]
+
+
+def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, label: str) -> str:
+    """Test accuracy of each method against `what`, a column of the table: mean over the seeds, with bars of one standard
+    deviation; methods with several levels as a line, every single run as a faint point."""
+    with drawing(5.6, 3.8) as (figure, svg):
+        axes = figure.subplots()
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = sorted((row for row in rows if row["method"] == method), key=lambda row: row[what])
+            axes.errorbar(
+                [_shown(row[what], what) for row in own], [100 * row["accuracy"] for row in own],
+                yerr=[100 * row["accuracy_std"] for row in own], color=COLOURS[method], label=TITLES[method], marker="o",
+                markersize=6 if method == "demp" else 4.5, capsize=3, zorder=3 if method == "demp" else 2,
+            )
+            single = [run for run in runs if run.method == method]
+            axes.scatter(
+                [_shown(getattr(run, what), what) for run in single], [100 * run.accuracy for run in single], s=9,
+                color=COLOURS[method], alpha=0.35, linewidths=0,
+            )
+        axes.set_xlabel(label)
+        axes.set_ylabel("test accuracy, %")
+        axes.legend(fontsize=9, ncols=2)
+    return svg()
+
+
+def live_units(runs: list[Run]) -> str:
+    """Live units of one run of each method against the step."""
+    with drawing(5.6, 3.8) as (figure, svg):
+        axes = figure.subplots()
+        for run in runs:
+            if run.result.total:
+                steps = [step for step, _ in run.result.units] + [run.result.steps]
+                live = [sum(units.values()) for _, units in run.result.units]
+                axes.step(steps, [*live, live[-1]], where="post", color=COLOURS[run.method], label=TITLES[run.method])
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel("live units")
+        axes.legend(fontsize=9, ncols=2)
+    return svg()
+
+
+def _shown(value: float, what: str) -> float:
+    return 100 * value if what == "sparsity" else value

@@ -1,0 +1,123 @@
+"""`demp compare`: matched sparsities, resuming, files, refusals."""
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from demp_kernels.cli import main
+from demp_kernels.recipes import compare as module
+from demp_kernels.recipes.compare import Run, table_rows
+from demp_kernels.recipes.loop import RunResult
+
+SMALL = [
+    "compare", "--model", "mlp", "--width", "24", "--train-size", "320", "--batch-size", "32", "--epochs", "12",
+    "--lr", "0.05", "--peak-penalty", "0.5", "--round-to", "1", "--threads", "1", "--seeds", "2",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("comparison")
+    assert main([*SMALL, "--methods", "dense", "demp", "snap", "l1", "--out", str(out)]) == 0
+    return out
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open() as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_rivals_match_the_sparsity_of_demp_seed_by_seed(finished: Path) -> None:
+    runs = {(row["method"], row["seed"]): row for row in rows_of(finished / "runs.csv")}
+    assert len(runs) == 8
+    for seed in ("0", "1"):
+        reached = float(runs["demp", seed]["sparsity"])
+        assert 0.02 < reached < 1
+        for rival in ("snap", "l1"):
+            # at least as sparse, by less than two units of the widest layer
+            assert reached <= float(runs[rival, seed]["sparsity"]) < reached + 0.08
+        assert float(runs["dense", seed]["sparsity"]) == 0
+        assert int(runs["snap", seed]["train_flops"]) < int(runs["dense", seed]["train_flops"])
+
+
+def test_table_holds_means_over_the_seeds(finished: Path) -> None:
+    runs = rows_of(finished / "runs.csv")
+    table = {row["method"]: row for row in rows_of(finished / "table.csv")}
+    for method, row in table.items():
+        own = [run for run in runs if run["method"] == method]
+        assert int(row["runs"]) == len(own) == 2
+        accuracy = [float(run["accuracy"]) for run in own]
+        assert float(row["accuracy"]) == pytest.approx(sum(accuracy) / 2)
+        assert float(row["accuracy_std"]) == pytest.approx(abs(accuracy[0] - accuracy[1]) / 2**0.5)
+    assert float(table["dense"]["speedup"]) == 1
+
+
+def test_page_needs_nothing_but_itself(finished: Path) -> None:
+    page = (finished / "comparison.html").read_text()
+    assert "http" not in page and "<script" not in page and "$" not in page
+    assert all(name in page for name in ("SNAP", "L1 norm", "DemP", "dense", "runs.csv"))
+
+
+def test_started_again_it_makes_only_the_missing_runs(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = finished / "runs" / "l1-penalty-0.5-seed-1.json"
+    before = json.loads(missing.read_text())
+    missing.unlink()
+    made = []
+    original = module._run
+    monkeypatch.setattr(module, "_run", lambda method, *rest: made.append(method.name) or original(method, *rest))
+    assert main([*SMALL, "--methods", "dense", "demp", "snap", "l1", "--out", str(finished)]) == 0
+    assert made == ["l1"]
+    assert capsys.readouterr().out.count("there already") == 7
+    again = json.loads(missing.read_text())
+    assert again["accuracy"] == before["accuracy"] and again["sparsity"] == before["sparsity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "demp", "magnitude"], "methods must be of dense, demp, snap,.*'magnitude'"),
+        (["--methods", "demp", "demp"], "methods must be different"),
+        (["--methods", "snap"], "sparsity is required"),
+        (["--sparsity", "1.2"], "sparsity must be between 0 and 1, got 1.2"),
+        (["--seeds", "0"], "seeds must be at least 1"),
+        (["--peak-penalty", "-1"], "peak-penalty must be above 0, got -1"),
+    ],
+)
+def test_refusals(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *arguments, "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("demp compare: error: ") and printed.count("\n") == 1
+    assert re.search(message, printed)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_comparison_in_out_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--epochs", "13", "--out", str(finished)]) == 2
+    assert "out has a comparison with epochs 12, got 13" in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (finished / "comparison.json", finished / "runs" / "dense-seed-0.json"):
+        target = tmp_path / file.relative_to(finished)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(file.read_text())
+    (tmp_path / "runs" / "dense-seed-0.json").write_text('{"method": "dense"')
+    assert main([*SMALL, "--methods", "dense", "--out", str(tmp_path)]) == 2
+    assert "dense-seed-0.json; remove it" in capsys.readouterr().err
+
+
+def test_speed_up_is_against_the_dense_run_of_the_same_seed() -> None:
+    def made(method: str, seed: int, seconds: float) -> Run:
+        return Run(method, "" if method == "dense" else "penalty 1", seed, 0.5, 0.1, 0.1, 10, seconds, 1.0, RunResult(method))
+
+    rows = table_rows([made("dense", 0, 4.0), made("demp", 0, 2.0), made("dense", 1, 9.0), made("demp", 1, 3.0)])
+    assert [row["speedup"] for row in rows] == [1.0, 2.5]
+    assert table_rows([made("demp", 2, 1.0)])[0]["speedup"] is None
