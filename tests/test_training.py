@@ -89,6 +89,27 @@ def test_other_penalties(norm: str, on: str, expected: Any) -> None:
     torch.testing.assert_close(demp.penalty(), expected(model))
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2", "positive"])
+@pytest.mark.parametrize("on", ["scales", "all"])
+def test_penalised_gradients_are_those_of_the_penalty(norm: str, on: str) -> None:
+    model, _, demp = build(peak_penalty=0.7, penalty_norm=norm, penalty_on=on, schedule="constant")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+        model.norm1.weight[0] = 0
+    demp.penalty().backward()
+    expected = {name: 3 * p.grad for name, p in model.named_parameters() if p.grad is not None}
+    first = next(iter(expected))
+    model.zero_grad()
+    model.get_parameter(first).grad = torch.ones_like(model.get_parameter(first))
+    demp.penalise_gradients(scale=3.0)
+    expected[first] += 1
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
 def test_schedule_advances_with_the_steps() -> None:
     model, optimizer, demp = build(peak_penalty=0.01)
     generator = torch.Generator().manual_seed(1)

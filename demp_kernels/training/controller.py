@@ -14,7 +14,7 @@ from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
 from .distributed import any_rank, every_rank, from_first_rank, rebuild_wrapper, sum_counters, unwrap
 from .liveness import StepLiveness, activations_of, scan_dead, window_dead
-from .penalty import PENALTY_NORMS, penalised_parameters, penalty_value
+from .penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
 from .schedule import SCHEDULES
 
 __all__ = ["DemP", "DemPEvent", "DemPReport"]
@@ -161,6 +161,14 @@ class DemP:
         if not self._penalised:
             return torch.zeros((), device=self._noise_seed.device)
         return self.penalty_weight * penalty_value(self._penalised, self.penalty_norm)
+
+    def penalise_gradients(self, scale: float = 1.0) -> None:
+        """Add scale * lambda_t * dR/dp to the gradients: instead of `penalty()`, after `backward()`, where the loss is out
+        of reach or an autograd graph too much. `scale`: what the loss was multiplied by, if gradients are still scaled.
+        """
+        weight = self.penalty_weight
+        if self._penalised and weight > 0:
+            add_penalty_gradient(self._penalised, self.penalty_norm, scale * weight)
 
     def step(self) -> CompactionReport | None:
         """Noise on the weights of live units; then, if it is time, removal of the dead ones.

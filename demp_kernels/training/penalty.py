@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PENALTY_NORMS", "PENALTY_TARGETS", "penalised_parameters", "penalty_value"]
+__all__ = ["PENALTY_NORMS", "PENALTY_TARGETS", "add_penalty_gradient", "penalised_parameters", "penalty_value"]
 
 NORMALISATIONS = (
     nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
@@ -65,3 +65,28 @@ def penalised_parameters(model: nn.Module, target: str) -> list[nn.Parameter]:
 def penalty_value(parameters: Sequence[Tensor], norm: str) -> Tensor:
     """R = the norm summed over all parameters: a differentiable scalar."""
     return PENALTY_NORMS[norm](parameters)
+
+
+@torch.no_grad()
+def add_penalty_gradient(parameters: Sequence[nn.Parameter], norm: str, weight: float) -> None:
+    """p.grad += weight * dR/dp for every parameter, the same as backward through `weight * penalty_value` would add.
+
+    Three calls for the whole list and no autograd graph. A parameter without a gradient gets one.
+    """
+    derivatives = PENALTY_DERIVATIVES[norm](parameters)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    torch._foreach_add_([p.grad for p in parameters], derivatives, alpha=weight)
+
+
+def _step_function(parameters: Sequence[Tensor]) -> list[Tensor]:
+    # of max(p, 0); 1 at p = 0, as autograd has it for clamp_min
+    return [(p >= 0).to(p.dtype) for p in parameters]
+
+
+PENALTY_DERIVATIVES: dict[str, Callable[[Sequence[Tensor]], Sequence[Tensor]]] = {
+    "l1": lambda parameters: torch._foreach_sign(list(parameters)),
+    "l2": lambda parameters: list(parameters),
+    "positive": _step_function,
+}
