@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_flops", "count_parameters"]
+__all__ = ["count_flops", "count_parameters", "in_units"]
 
 
 def count_flops(model: nn.Module, sample: Tensor) -> int:
@@ -27,3 +27,11 @@ def count_flops(model: nn.Module, sample: Tensor) -> int:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def in_units(number: float) -> str:
+    """Three digits with a unit prefix: 69.4 M."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:g}"

@@ -150,9 +150,9 @@ class Training:
         images = images.contiguous(memory_format=self.layout)
         with self._autocast():
             task = F.cross_entropy(self._step_model(images), labels, label_smoothing=self.settings.label_smoothing)
-        penalty = self.method.penalty()
-        loss = task if penalty is None else task + penalty
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(task).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.method.penalise()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

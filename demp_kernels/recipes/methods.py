@@ -29,8 +29,8 @@ class Method(Protocol):
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         """Once, before the first step."""
 
-    def penalty(self) -> Tensor | None:
-        """What is added to the loss of this step."""
+    def penalise(self) -> None:
+        """After the backward pass: what a penalty adds to the gradients."""
 
     def step(self) -> bool:
         """After the optimiser's step. Returns whether the network has changed its shape."""
@@ -66,8 +66,8 @@ class Dense:
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
         pass
 
-    def penalty(self) -> Tensor | None:
-        return None
+    def penalise(self) -> None:
+        pass
 
     def step(self) -> bool:
         return False
@@ -105,8 +105,8 @@ class Demon:
             seed=settings.seed,
         )
 
-    def penalty(self) -> Tensor | None:
-        return self.controller.penalty()
+    def penalise(self) -> None:
+        self.controller.penalise_gradients()
 
     def step(self) -> bool:
         report = self.controller.step()

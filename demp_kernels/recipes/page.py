@@ -17,7 +17,7 @@ def page(
     """The page's text, from the template report.html.
 
     notice: shown above everything if not empty. cards: (number, what it is). titles, rows: of the table, a row begins
-    with its name. emphasis: class of the table. figures: (title, SVG), two in a row; wide: one in a row. facts: name ->
+    with its name. emphasis: class of the table's section, "demp" or "comparison". figures: (title, SVG), two in a row; wide: one in a row. facts: name ->
     value; None is left out. files: names of files in the page's folder.
     """
     return Template((Path(__file__).parent / "report.html").read_text()).substitute(

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from . import plots
 from .data import ImageData
+from .flops import in_units
 from .loop import RunResult
 from .page import page
 from .progress import duration
@@ -73,7 +74,7 @@ def headline_rows(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ["accuracy", *(_percent(run["accuracy"]) for run in runs.values())],
         ["units live / total", *(_units(units[name], content["total_units"]) for name in runs)],
         ["parameters", *(f"{run['params']:,}" for run in runs.values())],
-        ["FLOPs a sample", *(_big(run["flops"]) for run in runs.values())],
+        ["FLOPs a sample", *(in_units(run["flops"]) for run in runs.values())],
         ["a step at the start", *(_time(run["seconds_per_step_first"]) for run in runs.values())],
         ["a step at the end", *(_time(run["seconds_per_step_last"]) for run in runs.values())],
         ["training time", *(f"{run['train_seconds']:.1f} s" for run in runs.values())],
@@ -174,13 +175,6 @@ def _units(live: int | None, total: int | None) -> str:
     if total is None:
         return ""
     return f"{total if live is None else live:,} / {total:,}"
-
-
-def _big(number: int) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
 
 
 def _time(seconds: float | None) -> str:

@@ -189,8 +189,8 @@ class Rival:
         if self.when == "before":
             self._prune()
 
-    def penalty(self) -> Tensor | None:
-        return None
+    def penalise(self) -> None:
+        pass
 
     def step(self) -> bool:
         self._steps += 1
