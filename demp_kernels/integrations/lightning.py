@@ -1,0 +1,67 @@
+"""A callback for Lightning (`pip install lightning`).
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = dk.prepare(resnet18(), torch.randn(2, 3, 32, 32))
+        ...                                       # training_step, configure_optimizers: as without DemP
+
+    module = Classifier()
+    callback = DemPCallback(module.net, peak_penalty=0.03, prune_every=500)
+    lightning.Trainer(max_epochs=20, callbacks=[callback]).fit(module, loader)
+    print(callback.demp.report())
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from ..training import DemP
+
+__all__ = ["DemPCallback"]
+
+
+class DemPCallback(Callback):
+    """Penalises, adds noise and removes dead units at the right places of Lightning's loop.
+
+    The penalty goes into the gradients before the optimiser's step (after unscaling, before clipping), so the logged loss
+    is that of the task. Gradient accumulation counts as one step. Works with one optimiser in one process.
+
+    Lightning restores weights before callbacks, into the widths the network was built with, so `ckpt_path=` cannot
+    resume a run behind a removal; `demp_kernels.save_checkpoint` and `load_checkpoint` can.
+
+    Args:
+        network: a model from `prepare` (or with DemP activations and `example_inputs=`) inside the LightningModule.
+        options: of `DemP`; total_steps is by default what the trainer expects to make.
+
+    Raises ValueError when training starts with several processes or optimisers.
+    """
+
+    demp: DemP | None = None
+    """The controller, from the start of training on."""
+
+    def __init__(self, network: nn.Module, **options: Any) -> None:
+        self.network, self.options = network, options
+        self._seen = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise ValueError(f"DemPCallback works in one process, got {trainer.world_size}: write the loop for DDP yourself")
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"DemPCallback works with one optimizer, got {len(trainer.optimizers)}")
+        options = {"total_steps": int(trainer.estimated_stepping_batches), **self.options}
+        self.demp = DemP(self.network, trainer.optimizers[0], **options)
+        self._seen = trainer.global_step
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.demp.penalise_gradients()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step > self._seen:
+            self._seen = trainer.global_step
+            self.demp.step()
