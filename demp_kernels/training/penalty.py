@@ -25,11 +25,11 @@ def _l2(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _positive(parameters: Sequence[Tensor]) -> Tensor:
-    return torch.stack([p.clamp_min(0).sum() for p in parameters]).sum()
+    return torch.stack([p.relu().sum() for p in parameters]).sum()
 
 
 PENALTY_NORMS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"l1": _l1, "l2": _l2, "positive": _positive}
-"""l1: sum |p|, with sub-gradient 0 at 0; l2: sum p^2 / 2; positive: sum max(p, 0)."""
+"""l1: sum |p|; l2: sum p^2 / 2; positive: sum max(p, 0). The sub-gradient at 0 is 0."""
 
 PENALTY_TARGETS = ("scales", "offsets", "normalisation", "weights", "all")
 """scales: weights of normalisation layers (gamma); offsets: their biases (beta); normalisation: both; weights: every
@@ -80,13 +80,8 @@ def add_penalty_gradient(parameters: Sequence[nn.Parameter], norm: str, weight: 
     torch._foreach_add_([p.grad for p in parameters], derivatives, alpha=weight)
 
 
-def _step_function(parameters: Sequence[Tensor]) -> list[Tensor]:
-    # of max(p, 0); 1 at p = 0, as autograd has it for clamp_min
-    return [(p >= 0).to(p.dtype) for p in parameters]
-
-
 PENALTY_DERIVATIVES: dict[str, Callable[[Sequence[Tensor]], Sequence[Tensor]]] = {
     "l1": lambda parameters: torch._foreach_sign(list(parameters)),
-    "l2": lambda parameters: list(parameters),
-    "positive": _step_function,
+    "l2": list,
+    "positive": lambda parameters: [(p > 0).to(p.dtype) for p in parameters],
 }
