@@ -34,7 +34,7 @@ def test_two_commands_install_and_run() -> None:
     assert all(len(command.splitlines()) == 1 for command in commands)
     train, test = commands
     assert train.endswith('pip install -e ".[train]" && demp train')
-    assert test.endswith('pip install -e ".[test]" && pytest')
+    assert test.endswith('pip install -e ".[test]" && pytest -n 2 --dist loadfile')
 
 
 def test_files_it_names_exist() -> None:
