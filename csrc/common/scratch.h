@@ -25,4 +25,20 @@ inline void fetch_ahead(const void* p, std::int64_t bytes) {
   for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
+// Whether an output of so many bytes is better written past the caches: it would push out what is still needed, be pushed
+// out itself before anything reads it, and its lines would be read from memory only to be overwritten. Needs whole cache
+// lines, so `p` at the beginning of one. In GB/s of a copy on two Zen 4 cores (16 MiB of third-level cache for them):
+// 53 against 71 for 12 MiB, 35 against 62 for 64 MiB, 32 against 52 for 256 MiB.
+inline bool streams(const void* p, std::int64_t bytes) {
+  constexpr std::int64_t least = 4 << 20;
+  return bytes >= least && reinterpret_cast<std::uintptr_t>(p) % 64 == 0;
+}
+
+// To be called by every thread that streamed, before others may read what it wrote.
+inline void finish_streaming() {
+#if defined(__SSE2__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 }  // namespace demp

@@ -74,7 +74,7 @@ struct Forward : ActivationView {
 
 Forward read_forward(const Tensor& x, const std::string& activation, double slope, std::int64_t channel_dim,
                      double noise_std, const std::optional<Tensor>& seed) {
-  Forward f{check_activation_forward(x, activation, channel_dim, noise_std, seed), {slope, noise_std}, 0};
+  Forward f{check_activation_forward(x, activation, channel_dim, noise_std, seed), {slope, noise_std, false}, 0};
   if (f.noisy) f.seed = std::uint64_t(*seed->const_data_ptr<std::int64_t>());
   return f;
 }
@@ -132,6 +132,7 @@ void forward_planes(const Forward& f, const void* x, void* y, int size, std::int
       }
       t.count_planes(bits, i, i + m, f.channels, f.inner, counters.of(share));
     }
+    finish_streaming();
   });
   counters.sum();
 }
@@ -152,9 +153,12 @@ void forward_rows(const Forward& f, const void* x, void* y, int size, std::int64
     std::vector<std::int64_t> lanes(std::size_t(together * channels + packet));
     RowCounts counts{lanes.data(), together, 0, counters.of(share)};
     const std::int64_t begin = first * unit, end = std::min(rows, last * unit);
+    Parameters parameters = f.parameters;
+    // vectors start anew after `together` rows, or after a block of rows
+    parameters.stream &= together * channels * size % 64 == 0 && unit * channels * size % 64 == 0;
     if (!f.noisy) {
       t.rows[f.type][f.act](at(x, begin * channels, size), at(y, begin * channels, size), end - begin, channels,
-                            f.parameters, counts);
+                            parameters, counts);
     } else {
       const std::int64_t block = unit * std::max<std::int64_t>(1, 1024 / (unit * channels));
       Scratch noise((block * channels + t.noise_slack) * 4), stage(t.stage_bytes), bits(block * channels / 8 + 8);
@@ -163,18 +167,20 @@ void forward_rows(const Forward& f, const void* x, void* y, int size, std::int64
         t.count_rows[f.type](at(x, i, size), m, channels, counts);  // before y, which may be x, is written
         fetch_ahead(at(x, i + m * channels, size), std::min(block, end - r - m) * channels * size);
         t.noise_rows(noise.as<float>(), r, r + m, channels, f.seed, stage.as<char>());
-        t.noisy[f.type][f.act](at(x, i, size), at(y, i, size), m * channels, f.parameters,
+        t.noisy[f.type][f.act](at(x, i, size), at(y, i, size), m * channels, parameters,
                                mask ? mask + i / 8 : bits.as<std::uint8_t>(), noise.as<float>());
       }
     }
+    finish_streaming();
     t.finish_rows[f.type](channels, counts);
   });
   counters.sum();
 }
 
 // Fills y, which may be x; returns active and mask.
-std::tuple<Tensor, Tensor> run_forward(const Forward& f, const Tensor& x, const Tensor& y) {
+std::tuple<Tensor, Tensor> run_forward(Forward f, const Tensor& x, const Tensor& y) {
   const std::int64_t n = x.numel();
+  f.parameters.stream = x.const_data_ptr() != y.const_data_ptr() && streams(y.const_data_ptr(), n * x.element_size());
   const bool with_mask = f.with_mask();
   Tensor active = torch::stable::new_empty(x, {f.channels}, ScalarType::Long);
   Tensor mask = torch::stable::new_empty(x, {with_mask ? (n + 7) / 8 : 0}, ScalarType::Byte);
@@ -220,14 +226,16 @@ Tensor activation_backward(const Tensor& grad, const Tensor& saved, const Tensor
   const void* g = grad.const_data_ptr();
   const void* s = from_bits ? mask.const_data_ptr() : saved.const_data_ptr();
   void* out = result.mutable_data_ptr();
+  const Parameters parameters{slope, 0, streams(out, n * size)};
   const Shares shares((n + kBlockBits - 1) / kBlockBits, (is_piecewise_linear(act) ? 65536 : 16384) / kBlockBits);
   shares.run([&](std::int64_t, std::int64_t first, std::int64_t last) {
     const std::int64_t i = first * kBlockBits, m = std::min(n, last * kBlockBits) - i;
     if (from_bits) {
-      t.backward_bits[type][act](at(g, i, size), static_cast<const std::uint8_t*>(s) + i / 8, at(out, i, size), m, slope);
+      t.backward_bits[type][act](at(g, i, size), static_cast<const std::uint8_t*>(s) + i / 8, at(out, i, size), m, parameters);
     } else {
-      t.backward[type][act](at(g, i, size), at(s, i, size), at(out, i, size), m, slope);
+      t.backward[type][act](at(g, i, size), at(s, i, size), at(out, i, size), m, parameters);
     }
+    finish_streaming();
   });
   return result;
 }

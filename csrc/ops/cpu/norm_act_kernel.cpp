@@ -1,9 +1,11 @@
 // norm_act on the CPU; what it computes is in demp_kernels/ops/norm_act.py. The loops are in isa/norm_act_loops.h,
 // compiled here once for every instruction set; this file checks, shares the work out and combines the sums.
 //
-// Contiguous tensors are shared out by image (and by pieces of planes, where images are few), channels-last ones by rows.
-// Either way there are two passes: sums of every share, combined in a fixed order, so that the same number of threads
-// gives the same bits; then the outputs.
+// Contiguous tensors are shared out by channel: the planes of a few channels are gone through twice, for the sums and then,
+// while the second-level cache holds them, for the outputs. Where channels are too few for the threads they are shared out
+// by image (and by pieces of planes, where images are few), channels-last ones by rows. That takes two passes over
+// everything: sums of every share, combined in a fixed order, so that the same number of threads gives the same bits; then
+// the outputs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -15,7 +17,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -28,6 +29,7 @@
 #include "common/checks.h"
 #include "common/parallel.h"
 #include "common/philox.h"
+#include "common/scratch.h"
 #include "ops/cpu/isa/norm_act_table.h"
 
 #define DEMP_ISA_SOURCE "ops/cpu/isa/norm_act_loops.h"
@@ -114,7 +116,8 @@ Problem check(const Tensor& x, const std::optional<Tensor>& weight, const std::o
   p.rows = !contiguous || p.inner == 1;
   if (p.rows) p.outer = p.n, p.inner = 1;
   p.x = x.const_data_ptr();
-  p.parameters = {slope, 0};
+  p.last_channel = p.channels;
+  p.parameters = {slope, 0, false};
   return p;
 }
 
@@ -172,6 +175,43 @@ std::vector<double> scales(const std::vector<double>& weight, const std::vector<
 
 constexpr std::int64_t kGrain = 32768;  // elements that are worth another thread
 
+std::int64_t scratch_bytes(std::int64_t period) {
+  return table().scratch_bytes + table().scratch_bytes_column * period;
+}
+
+// Whether every thread gets about as many channels, of planes.
+bool by_channel(const Problem& p) {
+  const std::int64_t threads = torch::stable::get_num_threads();
+  return !p.rows && (p.channels + threads - 1) / threads * threads * 7 <= p.channels * 8;
+}
+
+int element_size(const Problem& p) { return p.type == 0 ? 4 : p.type == 1 ? 8 : 2; }
+
+// part(channels, scratch) for a few channels at a time, the fields of `channels` set for them: one where planes are large,
+// and where they are small enough of them to make a few cache lines that belong to no other channels.
+template <class Part>
+void run_by_channel(const Problem& p, const Part& part) {
+  const std::int64_t group = std::max<std::int64_t>(1, 2048 / (p.inner * element_size(p)));
+  Shares(p.channels, std::max<std::int64_t>(1, kGrain / p.n)).run([&](std::int64_t, std::int64_t first, std::int64_t last) {
+    Scratch scratch(scratch_bytes(p.channels));
+    Problem channels = p;
+    channels.pieces = 1, channels.piece = p.inner, channels.period = p.channels;
+    for (std::int64_t c = first; c < last; c += group) {
+      channels.first_channel = c, channels.last_channel = std::min(last, c + group);
+      part(channels, scratch.as<void>());
+    }
+    finish_streaming();
+  });
+}
+
+// Whether `output` is written past the caches; every run of vectors must begin at a cache line.
+bool streams_output(const Problem& p, const void* output) {
+  return streams(output, p.n * p.channels * element_size(p)) && (p.rows ? p.period : p.inner) * element_size(p) % 64 == 0;
+}
+
+void first_pass(NormAct& a) { a.backwards = false, a.ahead = true; }
+void second_pass(NormAct& a) { a.backwards = true, a.ahead = false; }
+
 // part(share, first, last, scratch) for shares of the rows or of the pieces of images; shares are numbered from 0.
 class Parts {
  public:
@@ -182,17 +222,16 @@ class Parts {
   template <class Part>
   void run(const Part& part) const {
     shares_.run([&](std::int64_t share, std::int64_t first, std::int64_t last) {
-      const std::unique_ptr<char[]> scratch(new char[std::size_t(scratch_bytes_)]);
-      const auto aligned = (reinterpret_cast<std::uintptr_t>(scratch.get()) + 63) & ~std::uintptr_t{63};
+      Scratch scratch(scratch_bytes(period_));
       first = std::min(total_, first * unit_), last = std::min(total_, last * unit_);
-      if (first < last) part(share, first, last, reinterpret_cast<void*>(aligned));
+      if (first < last) part(share, first, last, scratch.as<void>());
+      finish_streaming();
     });
   }
 
  private:
   Parts(const Problem& p, std::int64_t unit)
-      : unit_(unit), total_(p.outer * p.pieces),
-        scratch_bytes_(table().scratch_bytes + table().scratch_bytes_column * p.period + 64),
+      : unit_(unit), total_(p.outer * p.pieces), period_(p.period),
         shares_((total_ + unit - 1) / unit, std::max<std::int64_t>(1, kGrain * total_ / (unit * p.n * p.channels))) {}
 
   // Sets pieces, piece and period; returns how many rows or pieces stay together.
@@ -213,7 +252,7 @@ class Parts {
     return 1;
   }
 
-  std::int64_t unit_, total_, scratch_bytes_;
+  std::int64_t unit_, total_, period_;
   Shares shares_;
 };
 
@@ -240,9 +279,25 @@ struct Statistics {
   }
 };
 
+void forward_by_channel(Problem& p, Statistics& s, std::int64_t* active) {
+  const NormActTable& t = table();
+  p.parameters.stream = streams_output(p, p.y);
+  std::vector<Moments> moments(std::size_t(p.channels));
+  run_by_channel(p, [&](Problem& channels, void* scratch) {
+    first_pass(channels);
+    t.statistics[p.type](channels, 0, p.outer, moments.data(), scratch);
+    for (std::int64_t c = channels.first_channel; c < channels.last_channel; ++c) s.set(std::size_t(c), moments[std::size_t(c)]);
+    second_pass(channels);
+    t.forward[p.type](channels, 0, p.outer, active, scratch);
+  });
+}
+
 void run_forward(Problem& p, Statistics& s, std::int64_t* active) {
+  p.mean = s.mean.data(), p.scale = s.scale.data(), p.bias = s.bias.data();
+  if (by_channel(p)) return forward_by_channel(p, s, active);
   const NormActTable& t = table();
   const Parts parts(p);
+  p.parameters.stream = streams_output(p, p.y);
   const std::size_t count = parts.count(), channels = std::size_t(p.channels);
   std::vector<Moments> moments(count * channels, Moments{0, 0, 0});
   parts.run([&](std::int64_t share, std::int64_t first, std::int64_t last, void* scratch) {
@@ -252,7 +307,6 @@ void run_forward(Problem& p, Statistics& s, std::int64_t* active) {
     for (std::size_t share = 1; share < count; ++share) merge(moments[c], moments[share * channels + c]);
     s.set(c, moments[c]);
   }
-  p.mean = s.mean.data(), p.scale = s.scale.data(), p.bias = s.bias.data();
   std::vector<std::int64_t> counts(count * channels, 0);
   parts.run([&](std::int64_t share, std::int64_t first, std::int64_t last, void* scratch) {
     t.forward[p.type](p, first, last, &counts[std::size_t(share) * channels], scratch);
@@ -319,9 +373,27 @@ struct Gradients {
   }
 };
 
+void backward_by_channel(Problem& p, Gradients& g) {
+  const NormActTable& t = table();
+  p.parameters.stream = streams_output(p, p.grad_x);
+  std::vector<GradientSums> sums(std::size_t(p.channels));
+  run_by_channel(p, [&](Problem& channels, void* scratch) {
+    first_pass(channels);
+    t.sums[p.type](channels, 0, p.outer, sums.data(), scratch);
+    for (std::int64_t c = channels.first_channel; c < channels.last_channel; ++c) {
+      g.set(std::size_t(c), sums[std::size_t(c)], double(p.n));
+    }
+    second_pass(channels);
+    t.input[p.type](channels, 0, p.outer, scratch);
+  });
+}
+
 void run_backward(Problem& p, Gradients& g) {
+  p.slope_back = g.slope_back.data(), p.offset_back = g.offset_back.data();
+  if (by_channel(p)) return backward_by_channel(p, g);
   const NormActTable& t = table();
   const Parts parts(p);
+  p.parameters.stream = streams_output(p, p.grad_x);
   const std::size_t count = parts.count(), channels = std::size_t(p.channels);
   std::vector<GradientSums> sums(count * channels, GradientSums{0, 0});
   parts.run([&](std::int64_t share, std::int64_t first, std::int64_t last, void* scratch) {
@@ -335,7 +407,6 @@ void run_backward(Problem& p, Gradients& g) {
     }
     g.set(c, all, double(p.n));
   }
-  p.slope_back = g.slope_back.data(), p.offset_back = g.offset_back.data();
   parts.run([&](std::int64_t, std::int64_t first, std::int64_t last, void* scratch) {
     t.input[p.type](p, first, last, scratch);
   });

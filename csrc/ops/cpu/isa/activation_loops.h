@@ -12,6 +12,16 @@ DEMP_INLINE void load_noise(const float* p, D& v) { v = __builtin_convertvector(
 DEMP_INLINE F where_active(F x, F v) { return (F)(active_lanes(x) & (I32)v); }
 DEMP_INLINE D where_active(D x, D v) { return (D)(active_lanes(x) & (I64)v); }
 
+// Stores a vector's worth of elements, as `Parameters::stream` says.
+template <class T, class V>
+DEMP_INLINE void store_output(T* p, V v, Parameters parameters) {
+  if (parameters.stream) {
+    stream_bytes<sizeof v>(p, &v);
+  } else {
+    store_bytes(p, v);
+  }
+}
+
 // One vector of elements: y = act(x), plus noise on the active ones; which were active. y may be x.
 template <class T, Act act, bool noisy>
 DEMP_INLINE typename Ops<T>::Mask packet(const T* x, T* y, const float* noise, Parameters parameters) {
@@ -20,10 +30,11 @@ DEMP_INLINE typename Ops<T>::Mask packet(const T* x, T* y, const float* noise, P
   const typename O::Vec v = load_bytes<typename O::Vec>(x);
   const typename O::Mask mask = O::active(v);
   if constexpr (act == Act::relu && !noisy) {
-    store_bytes(y, O::keep(mask, v));  // relu needs no arithmetic: 16-bit types stay as they are
+    store_output(y, O::keep(mask, v), parameters);  // relu needs no arithmetic: 16-bit types stay as they are
   } else {
     typedef decltype(W{}[0] + 0) Scalar;
     const W slope = W{} + (Scalar)parameters.slope, noise_std = W{} + (Scalar)parameters.noise_std;
+    T out[O::N];
     W in[O::parts];
     for (int i = 0; i < O::parts; ++i) in[i] = O::load_wide(x + i * O::wide_lanes);
     for (int i = 0; i < O::parts; ++i) {
@@ -33,8 +44,9 @@ DEMP_INLINE typename Ops<T>::Mask packet(const T* x, T* y, const float* noise, P
         load_noise(noise + i * O::wide_lanes, xi);
         value = value + where_active(in[i], noise_std * xi);
       }
-      O::store_wide(y + i * O::wide_lanes, value);
+      O::store_wide(out + i * O::wide_lanes, value);
     }
+    store_output(y, load_bytes<typename O::Vec>(out), parameters);
   }
   return mask;
 }
@@ -62,6 +74,7 @@ void flat_loop(const T* x, T* y, std::int64_t n, Parameters parameters, std::uin
   const std::size_t rest = (std::size_t)(n - i);
   __builtin_memcpy(in, x + i, rest * sizeof(T));
   if (noisy) __builtin_memcpy(xi, noise + i, rest * sizeof(float));
+  parameters.stream = false;
   const std::uint64_t word = block<T, act, noisy>(in, out, xi, parameters);
   __builtin_memcpy(y + i, out, rest * sizeof(T));
   __builtin_memcpy(bits + i / 8, &word, (rest + 7) / 8);
@@ -93,6 +106,7 @@ DEMP_INLINE void count_row(const T* x, T* y, std::int64_t length, Parameters par
   const std::size_t rest = (std::size_t)(length - i) * sizeof(T);
   T in[O::N] = {}, out[O::N];
   __builtin_memcpy(in, x + i, rest);
+  parameters.stream = false;
   const typename O::Mask mask = packet<T, act, false>(in, out, nullptr, parameters);
   if (write) __builtin_memcpy(y + i, out, rest);
   store_bytes(counts + i, O::add(load_bytes<V>(counts + i), mask));
@@ -172,73 +186,77 @@ void count_planes(const std::uint8_t* bits, std::int64_t begin, std::int64_t end
 // ---- backward -------------------------------------------------------------------------------------------------
 
 template <class T, Act act>
-DEMP_INLINE void masked_gradient(const T* grad, typename Ops<T>::Mask mask, T* out, double slope) {
+DEMP_INLINE void masked_gradient(const T* grad, typename Ops<T>::Mask mask, T* out, Parameters parameters) {
   typedef Ops<T> O;
   typedef typename O::Wide W;
   typedef decltype(W{}[0] + 0) Scalar;
   const typename O::Vec g = load_bytes<typename O::Vec>(grad);
   if constexpr (act == Act::relu) {
-    store_bytes(out, O::keep(mask, g));
+    store_output(out, O::keep(mask, g), parameters);
   } else {
     T scaled[O::N];
     for (int i = 0; i < O::parts; ++i) {
-      O::store_wide(scaled + i * O::wide_lanes, O::load_wide(grad + i * O::wide_lanes) * (W{} + (Scalar)slope));
+      O::store_wide(scaled + i * O::wide_lanes, O::load_wide(grad + i * O::wide_lanes) * (W{} + (Scalar)parameters.slope));
     }
-    store_bytes(out, O::choose(mask, g, load_bytes<typename O::Vec>(scaled)));
+    store_output(out, O::choose(mask, g, load_bytes<typename O::Vec>(scaled)), parameters);
   }
 }
 
 template <class T, Act act>
-DEMP_INLINE void gradient(const T* grad, const T* saved, T* out, double slope) {
+DEMP_INLINE void gradient(const T* grad, const T* saved, T* out, Parameters parameters) {
   typedef Ops<T> O;
   if constexpr (act == Act::relu || act == Act::leaky_relu) {
-    masked_gradient<T, act>(grad, O::active(load_bytes<typename O::Vec>(saved)), out, slope);
+    masked_gradient<T, act>(grad, O::active(load_bytes<typename O::Vec>(saved)), out, parameters);
   } else {
+    T product[O::N];
     for (int i = 0; i < O::parts; ++i) {
       const int at = i * O::wide_lanes;
-      O::store_wide(out + at, O::load_wide(grad + at) * derivative<act>(O::load_wide(saved + at)));
+      O::store_wide(product + at, O::load_wide(grad + at) * derivative<act>(O::load_wide(saved + at)));
     }
+    store_output(out, load_bytes<typename O::Vec>(product), parameters);
   }
 }
 
 template <class T, Act act>
-void backward(const void* grad_, const void* saved_, void* out_, std::int64_t n, double slope) {
+void backward(const void* grad_, const void* saved_, void* out_, std::int64_t n, Parameters parameters) {
   constexpr int N = Ops<T>::N;
   const T* grad = (const T*)grad_;
   const T* saved = (const T*)saved_;
   T* out = (T*)out_;
   std::int64_t i = 0;
-  for (; i + N <= n; i += N) gradient<T, act>(grad + i, saved + i, out + i, slope);
+  for (; i + N <= n; i += N) gradient<T, act>(grad + i, saved + i, out + i, parameters);
   if (i == n) return;
   T g[N] = {}, s[N] = {}, o[N];
   const std::size_t rest = (std::size_t)(n - i) * sizeof(T);
   __builtin_memcpy(g, grad + i, rest);
   __builtin_memcpy(s, saved + i, rest);
-  gradient<T, act>(g, s, o, slope);
+  parameters.stream = false;
+  gradient<T, act>(g, s, o, parameters);
   __builtin_memcpy(out + i, o, rest);
 }
 
 template <class T, Act act>
-DEMP_INLINE void bits_block(const T* grad, std::uint64_t word, T* out, double slope) {
+DEMP_INLINE void bits_block(const T* grad, std::uint64_t word, T* out, Parameters parameters) {
   typedef Ops<T> O;
   for (int i = 0; i < kBlockBits; i += O::N) {
-    masked_gradient<T, act>(grad + i, from_bits<O>(word >> i), out + i, slope);
+    masked_gradient<T, act>(grad + i, from_bits<O>(word >> i), out + i, parameters);
   }
 }
 
 template <class T, Act act>
-void backward_bits(const void* grad_, const std::uint8_t* bits, void* out_, std::int64_t n, double slope) {
+void backward_bits(const void* grad_, const std::uint8_t* bits, void* out_, std::int64_t n, Parameters parameters) {
   const T* grad = (const T*)grad_;
   T* out = (T*)out_;
   std::int64_t i = 0;
-  for (; i + kBlockBits <= n; i += kBlockBits) bits_block<T, act>(grad + i, word_at(bits, i / kBlockBits), out + i, slope);
+  for (; i + kBlockBits <= n; i += kBlockBits) bits_block<T, act>(grad + i, word_at(bits, i / kBlockBits), out + i, parameters);
   if (i == n) return;
   T g[kBlockBits] = {}, o[kBlockBits];
   std::uint64_t word = 0;
   const std::size_t rest = (std::size_t)(n - i);
   __builtin_memcpy(g, grad + i, rest * sizeof(T));
   __builtin_memcpy(&word, bits + i / 8, (rest + 7) / 8);
-  bits_block<T, act>(g, word, o, slope);
+  parameters.stream = false;
+  bits_block<T, act>(g, word, o, parameters);
   __builtin_memcpy(out + i, o, rest * sizeof(T));
 }
 

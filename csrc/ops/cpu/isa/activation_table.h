@@ -22,6 +22,7 @@ struct RowCounts {
 struct Parameters {
   double slope;
   double noise_std;
+  bool stream;  // the output goes past the caches; it is then aligned to whole cache lines
 };
 
 struct ActivationTable {
@@ -42,9 +43,9 @@ struct ActivationTable {
                        std::int64_t inner, std::int64_t* active);
 
   // out = grad * act'(x), knowing x or, for relu and leaky_relu, y from `saved`.
-  void (*backward[kTypes][kActs])(const void* grad, const void* saved, void* out, std::int64_t n, double slope);
+  void (*backward[kTypes][kActs])(const void* grad, const void* saved, void* out, std::int64_t n, Parameters);
   // The same for relu and leaky_relu from the bits.
-  void (*backward_bits[kTypes][2])(const void* grad, const std::uint8_t* bits, void* out, std::int64_t n, double slope);
+  void (*backward_bits[kTypes][2])(const void* grad, const std::uint8_t* bits, void* out, std::int64_t n, Parameters);
 
   std::int64_t stage_bytes;   // scratch for the functions below
   std::int64_t noise_slack;   // floats that `out` needs beyond the last element

@@ -29,6 +29,7 @@ struct Context {
   std::int64_t noise_at;  // the element that noise[0] belongs to
   typename Lanes<T>::S slope, noise_std;
   Act act;
+  bool stream;
 };
 
 template <class T, int W>
@@ -43,10 +44,25 @@ struct Sums {
 };
 
 // Where a tile lies: first element, its bits' first byte, rows and how far apart, and, for a tile that is cut off
-// at the right, how many elements of it there are.
+// at the right, how many elements of it there are. The same again in the planes of other images, `jump` elements and
+// `byte_jump` bytes from the end of one tile to the next. ahead: how far on to start fetching what is read; 0: do not.
 struct Place {
   std::int64_t at, byte, rows, stride, elements;
+  std::int64_t planes = 1, jump = 0, byte_jump = 0, ahead = 0;
+
+  std::int64_t all_rows() const { return rows * planes; }
+  void next_row(std::int64_t& row) {
+    at += stride, byte += stride / 8;
+    if (++row == rows) row = 0, at += jump, byte += byte_jump;
+  }
 };
+
+// Starts fetching vector `w` of a row `ahead` elements on into the second-level cache, once a cache line.
+template <class T>
+DEMP_INLINE void fetch_vector(const T* row, std::int64_t ahead, int w) {
+  constexpr int bytes = Lanes<T>::n * int(sizeof(T));
+  if (w * bytes % 64 == 0) __builtin_prefetch((const char*)row + ahead * (std::int64_t)sizeof(T) + w * bytes, 0, 2);
+}
 
 // A tile's loop is a function of its own, called through a pointer, so that what walks over planes and rows is compiled
 // once for all of them. Parameters and sums are copied to local arrays: through the references the compiler would have to
@@ -126,6 +142,18 @@ DEMP_INLINE void store(T* p, typename Lanes<T>::V v, std::int64_t n) {
   }
 }
 
+// The same for what is not read again here: past the caches, if they are too small for it.
+template <bool cut, class T>
+DEMP_INLINE void store_output(const Context<T>& c, T* p, typename Lanes<T>::V v, std::int64_t n) {
+  if (!cut && c.stream) {
+    T out[Lanes<T>::n];
+    Ops<T>::store_wide(out, v);
+    stream_bytes<sizeof out>(p, out);
+  } else {
+    store<cut>(p, v, n);
+  }
+}
+
 // gelu, gelu_tanh and silu, and their derivatives. Calls, since they cost little beside the functions, and the loops, of
 // which there are many, get short.
 template <class V>
@@ -168,7 +196,10 @@ struct StatisticsTile {
     Place place = where;
     constexpr int n = Lanes<T>::n;
     typename Lanes<T>::V a[W] = {}, b[W] = {};
-    for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
+    for (std::int64_t left_rows = place.all_rows(), row = 0; left_rows > 0; --left_rows, place.next_row(row)) {
+      if (place.ahead) {
+        for (int w = 0; w < W; ++w) fetch_vector(c.x + place.at, place.ahead, w);
+      }
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n;
         typename Lanes<T>::V d = load<cut>(c.x + place.at + w * n, left) - p.mean[w];
@@ -198,7 +229,7 @@ struct ForwardTile {
     constexpr int n = Lanes<T>::n;
     I count[W] = {};
     const bool keeps_bits = added && (relu || c.act == Act::leaky_relu);
-    for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride, place.byte += place.stride / 8) {
+    for (std::int64_t left_rows = place.all_rows(), row = 0; left_rows > 0; --left_rows, place.next_row(row)) {
       std::uint64_t bits = 0;
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
@@ -214,7 +245,7 @@ struct ForwardTile {
           y += (V)M::keep(live, (I)(xi * c.noise_std));
         }
         if (keeps_bits) bits |= to_bits<M>(live) << (w * n);
-        store<cut>(c.y + at, y, left);
+        store_output<cut>(c, c.y + at, y, left);
       }
       if (keeps_bits) {
         __builtin_memcpy(c.mask + place.byte, &bits, cut ? std::size_t(place.elements + 7) / 8 : std::size_t(W * n / 8));
@@ -270,10 +301,16 @@ struct GradientSumsTile {
     constexpr int n = Lanes<T>::n;
     typename Lanes<T>::V a[W] = {}, b[W] = {};
     const bool from_mask = added && (relu || c.act == Act::leaky_relu);
-    for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride, place.byte += place.stride / 8) {
+    for (std::int64_t left_rows = place.all_rows(), row = 0; left_rows > 0; --left_rows, place.next_row(row)) {
       std::uint64_t bits = 0;
       if (from_mask && !cut) __builtin_memcpy(&bits, c.mask + place.byte, std::size_t(W * n / 8));
       if (from_mask && cut) bits = load_bits(c.mask + place.byte, (place.elements + 7) / 8);
+      if (place.ahead) {
+        for (int w = 0; w < W; ++w) {
+          fetch_vector(c.x + place.at, place.ahead, w);
+          fetch_vector(c.grad + place.at, place.ahead, w);
+        }
+      }
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
         const V centred = load<cut>(c.x + at, left) - p.mean[w];
@@ -301,7 +338,7 @@ struct GradientInputTile {
     Place place = where;
     typedef typename Lanes<T>::V V;
     constexpr int n = Lanes<T>::n;
-    for (std::int64_t r = 0; r < place.rows; ++r, place.at += place.stride) {
+    for (std::int64_t left_rows = place.all_rows(), row = 0; left_rows > 0; --left_rows, place.next_row(row)) {
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
         const V centred = load<cut>(c.x + at, left) - p.mean[w];
@@ -311,7 +348,7 @@ struct GradientInputTile {
         } else {
           dz = activation_gradient<relu, false, cut, W>(c, p, w, at, left, 0, centred);
         }
-        store<cut>(c.grad_x + at, dz * p.scale[w] - (centred * p.slope_back[w] + p.offset_back[w]), left);
+        store_output<cut>(c, c.grad_x + at, dz * p.scale[w] - (centred * p.slope_back[w] + p.offset_back[w]), left);
       }
     }
   }

@@ -30,6 +30,20 @@ template <class V, class T>
 DEMP_INLINE void store_bytes(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+// Copies a vector's bytes past the caches, where the instruction set can; p is a multiple of `bytes`.
+template <int bytes>
+DEMP_INLINE void stream_bytes(void* p, const void* from) {
+#if DEMP_ISA_LEVEL == 2
+  if constexpr (bytes == 64) return _mm512_stream_si512((__m512i*)p, _mm512_loadu_si512(from));
+#endif
+#if DEMP_ISA_LEVEL >= 1
+  if constexpr (bytes == 32) return _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)from));
+#endif
+#if defined(__SSE2__)
+  if constexpr (bytes == 16) return _mm_stream_si128((__m128i*)p, _mm_loadu_si128((const __m128i*)from));
+#endif
+  __builtin_memcpy(p, from, bytes);
+}
 DEMP_INLINE F splat(float x) { return F{} + x; }
 DEMP_INLINE D splat(double x) { return D{} + x; }
 DEMP_INLINE F select(I32 mask, F a, F b) { return (F)((mask & (I32)a) | (~mask & (I32)b)); }
