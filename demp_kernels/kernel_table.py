@@ -21,6 +21,9 @@ _SHORT = {"float": "float32", "double": "float64", "__half": "float16", "__nv_bf
 _TYPE = {"f": "float", "d": "double", "6__half": "__half", "13__nv_bfloat16": "__nv_bfloat16"}
 _NOISE = ("no noise", "noise down", "noise across", "noise single")
 _KIND = ("linear", "smooth")
+_NORM_ACT_STEP = {"Statistics": "statistics", "Normalise": "normalise", "GradientSums": "sums", "Input": "input"}
+_NORM_ACT_READS_AND_WRITES = {"Statistics": 1, "Normalise": 2, "GradientSums": 2, "Input": 3}
+"""Elements moved for one of x, where no residual is added."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,14 @@ def describe(mangled: str) -> tuple[str, str, float | None] | None:
     if match := re.search(rf"weight_noise_rowsI({types})Li(\d+)E", mangled):
         element = _TYPE[match.group(1)]
         return f"weight_noise, {match.group(2)} tensors", _SHORT[element], 2.0 * _SIZES[element]
+    passes = "|".join(_NORM_ACT_STEP)
+    if match := re.search(rf"norm_act_(planes|rows)I\w*?({passes})I({types})(?:LNS_4KindE(\d)E)?EELi(\d)E", mangled):
+        layout, step, element, group = match.group(1), match.group(2), _TYPE[match.group(3)], int(match.group(5))
+        variant = "single elements" if group == 1 else _KIND[int(match.group(4))] if match.group(4) else "words"
+        moved = _NORM_ACT_READS_AND_WRITES[step] * _SIZES[element]
+        return f"norm_act_{layout} {_NORM_ACT_STEP[step]}, {variant}", _SHORT[element], float(moved)
+    if match := re.search(rf"norm_act_(moments|gradients|bits)I({types})E", mangled):
+        return f"norm_act_{match.group(1)}", _SHORT[_TYPE[match.group(2)]], None
     if match := re.search(rf"activation_backwardI({types})LNS_4KindE(\d)ELb(\d)E", mangled):
         element, kind, bits = _TYPE[match.group(1)], int(match.group(2)), match.group(3) == "1"
         moved = 2 * _SIZES[element] + (1 / 8 if bits else _SIZES[element])

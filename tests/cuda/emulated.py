@@ -5,13 +5,16 @@ See `emulator/runtime.h` for what the emulator is, what it checks and what it ca
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,7 +31,7 @@ GUARD = 256
 
 
 def build(kernels: Sequence[Path], checks: str = "accesses") -> Path:
-    """Compile `kernels` with the emulator and return the library; one that is up to date is reused.
+    """Compile `kernels` with the emulator and return the library; objects that are up to date are reused.
 
     checks: "accesses" instruments the kernels for `access_checks.cpp`, "sanitizers" is AddressSanitizer and UBSan (the
     process must then have AddressSanitizer's library preloaded).
@@ -38,23 +41,30 @@ def build(kernels: Sequence[Path], checks: str = "accesses") -> Path:
     else:
         runtime_flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         kernel_flags = runtime_flags
-    jobs = [(source, kernel_flags) for source in kernels] + [(source, runtime_flags) for source in RUNTIME]
-    folder = _cache_folder()
-    library = folder / f"{_fingerprint(jobs)}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = []
-        for source, flags in jobs:
-            objects.append(str(Path(scratch) / (source.stem + ".o")))
-            language = ["-x", "c++"] if source.suffix in (".cu", ".cuh") else []
-            _run([*CXX, *FLAGS, *flags, *language, "-c", str(source), "-o", objects[-1]])
-        # Without -fsanitize=thread, which would bring in ThreadSanitizer's own hooks.
-        link = [] if checks == "accesses" else ["-fsanitize=address,undefined"]
-        fresh = Path(scratch) / "library.so"
-        _run([*CXX, "-shared", *link, "-o", str(fresh), *objects])
-        os.replace(fresh, library)
-    return library
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        kernel_objects = pool.map(lambda source: _compile(source, kernel_flags), kernels)
+        objects = [*pool.map(lambda source: _compile(source, runtime_flags), RUNTIME), *kernel_objects]
+    # Without -fsanitize=thread, which would bring in ThreadSanitizer's own hooks.
+    link = [] if checks == "accesses" else ["-fsanitize=address,undefined"]
+    name = hashlib.sha256(repr((link, [str(o) for o in objects])).encode()).hexdigest()[:24]
+    return _made_once(_cache_folder() / f"{name}.so", [*CXX, "-shared", *link, *map(str, objects)])
+
+
+def _compile(source: Path, flags: list[str]) -> Path:
+    language = ["-x", "c++"] if source.suffix in (".cu", ".cuh") else []
+    command = [*CXX, *FLAGS, *flags, *language, "-c", str(source)]
+    return _made_once(_cache_folder() / f"{source.stem}-{_fingerprint(source, command)}.o", command)
+
+
+def _made_once(target: Path, command: list[str]) -> Path:
+    """`target`, made by `command` if it is not there; test processes that run side by side wait for each other."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            fresh = target.with_suffix(".new")
+            _run([*command, "-o", str(fresh)])
+            os.replace(fresh, target)
+    return target
 
 
 def _cache_folder() -> Path:
@@ -65,14 +75,18 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _fingerprint(jobs: Sequence[tuple[Path, list[str]]]) -> str:
-    """A name that changes with any source, any header in reach, the flags and the compiler."""
-    compiler = subprocess.run([*CXX, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(repr((FLAGS, [(str(s), f) for s, f in jobs], compiler)).encode())
+def _fingerprint(source: Path, command: list[str]) -> str:
+    """A name that changes with the source, any header in reach, the command and the compiler."""
+    digest = hashlib.sha256(repr((command, _compiler_version())).encode())
     headers = [*EMULATOR.glob("*.h"), *(ROOT / "csrc" / "common").glob("*"), *(ROOT / "csrc" / "ops" / "cuda").glob("*.cuh")]
-    for path in sorted({*headers, *(source for source, _ in jobs)}):
+    for path in sorted({*headers, source}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
+
+
+@cache
+def _compiler_version() -> str:
+    return subprocess.run([*CXX, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def _run(command: list[str]) -> None:

@@ -18,12 +18,11 @@ from demp_kernels.ops import compact as compact_op
 from demp_kernels.ops import weight_noise as weight_noise_op
 from demp_kernels.ops.activation import is_dense, memory_format
 from emulated import EMULATOR, Emulator, build, guarded
-
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of ElementType
+from emulated_norm_act import TYPES, EmulatedNormAct
 
 
 @dataclass
-class EmulatedOps:
+class EmulatedOps(EmulatedNormAct):
     emulator: Emulator
     device = "cpu"
     normals = 4e-6  # float32 arithmetic; the device's approximate functions are replaced by exact ones
@@ -33,7 +32,7 @@ class EmulatedOps:
 
     @classmethod
     def load(cls, checks: str = "accesses") -> EmulatedOps:
-        return cls(Emulator(build([EMULATOR / "ops.cpp"], checks)))
+        return cls(Emulator(build([EMULATOR / "ops.cpp", EMULATOR / "norm_act.cpp"], checks)))
 
     def _in(self, t: Tensor) -> Tensor:
         return guarded(t, self.offset)

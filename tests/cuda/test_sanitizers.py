@@ -27,6 +27,7 @@ print("done")
 """
 TABLE = START + """
 import emulated_ops
+import norm_act_table
 import op_table
 emulated_ops.guarded = emulated.tight
 ops = emulated_ops.EmulatedOps.load("sanitizers")
@@ -38,6 +39,9 @@ for offset in (0, 1):
             for dtype in (torch.float32, torch.bfloat16):
                 x, channel_dim = op_table.sample(ops, case, dtype)
                 op_table.check_activation(ops, x, channel_dim, activation, noise)
+    for case in ("planes", "14x14", "7x7", "channels last", "channels last, 13", "empty"):
+        for activation, noise, dtype in (("relu", 0.0, torch.float32), ("silu", 0.5, torch.float32), ("relu", 0.0, torch.bfloat16)):
+            norm_act_table.check_norm_act(ops, *norm_act_table.sample(ops, case, dtype, True), activation, noise)
     op_table.test_weight_noise(ops, True)
     op_table.test_compact(ops)
 print("done")

@@ -11,13 +11,21 @@ import torch
 
 from demp_kernels import reference
 from demp_kernels.ops import backend
+from norm_act_table import (  # noqa: F401
+    EPS, check_norm_act, sample, test_norm_act, test_norm_act_float64, test_norm_act_noise, test_norm_act_of_nan_counts_as_active,
+    test_norm_act_other_activations, test_norm_act_refuses, test_norm_act_statistics_far_from_zero,
+    test_norm_act_without_parameters,
+)
 from op_table import (  # noqa: F401
     seed_tensor, test_activation, test_activation_float64, test_activation_noise_does_not_depend_on_layout_or_seed_sign,
     test_activation_refuses, test_channel_select, test_compact, test_compact_over_a_long_list, test_compact_refuses,
     test_relu_of_infinity, test_weight_noise, test_weight_noise_over_a_long_list, test_weight_noise_refuses,
 )
 
-NAMES = ("activation_forward", "activation_forward_", "activation_backward", "weight_noise_", "compact", "channel_select")
+NAMES = (
+    "activation_forward", "activation_forward_", "activation_backward", "weight_noise_", "compact", "channel_select",
+    "norm_act_forward", "norm_act_backward",
+)  # fmt: skip
 # The device's fast logarithm, sine and cosine are good to 2^-21 absolute, and a normal is at most 5.8.
 NORMALS = 2e-5
 
@@ -73,6 +81,40 @@ def test_cuda_graph(ops: SimpleNamespace) -> None:
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=NORMALS)
 
 
+def test_cuda_graph_of_norm_act(ops: SimpleNamespace) -> None:
+    """Both directions, captured, follow the data that is in memory when they are replayed."""
+    x, weight, bias, residual, grad = sample(ops, "channels last", torch.float32, True)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y, active, mean, var, mask = ops.norm_act_forward(x, weight, bias, residual, "relu", 0.0, EPS, 0.0, None)
+        return y, active, *ops.norm_act_backward(grad, x, weight, bias, None, mean, var, mask, "relu", 0.0, EPS, True)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.normal_()
+    graph.replay()
+    assert all(torch.equal(got, wanted) for got, wanted in zip(captured, step()))
+
+
+def test_norm_act_of_large_tensors(ops: SimpleNamespace) -> None:
+    """All multiprocessors at work; the same bits every time."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    for shape, channels_last in (((64, 96, 56, 56), False), ((64, 96, 56, 56), True), ((16, 50, 33, 35), False)):
+        x, residual, grad = torch.randn(3, *shape, device="cuda", generator=generator).unbind()
+        if channels_last:
+            x, residual, grad = (t.to(memory_format=torch.channels_last) for t in (x, residual, grad))
+        weight, bias = torch.randn(2, shape[1], device="cuda", generator=generator).unbind()
+        check_norm_act(ops, x, weight, bias, residual, grad, "relu", 0.0)
+        first, again = (ops.norm_act_forward(x, weight, bias, None, "gelu", 0.0, EPS, 0.0, None) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
 def test_two_streams(ops: SimpleNamespace) -> None:
     """Each launch is on the stream that is current, in order with the work before it there."""
     results = []
@@ -115,14 +157,35 @@ def test_peak_memory(ops: SimpleNamespace) -> None:
         del result
 
 
+def test_peak_memory_of_norm_act(ops: SimpleNamespace) -> None:
+    """Forward allocates y and the bits, backward grad_x and the residual's gradient: nothing of x's size in between."""
+    x, residual, grad = torch.randn(3, 64, 64, 64, 64, device="cuda").unbind()
+    size = x.numel() * x.element_size()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _, _, mean, var, mask = ops.norm_act_forward(x, None, None, residual, "relu", 0.0, EPS, 0.0, None)
+    assert torch.cuda.max_memory_allocated() - before <= size + x.numel() // 8 + (4 << 20)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ops.norm_act_backward(grad, x, None, None, None, mean, var, mask, "relu", 0.0, EPS, True)
+    assert torch.cuda.max_memory_allocated() - before <= 2 * size + (4 << 20)
+
+
 def test_nothing_waits_for_the_device(ops: SimpleNamespace) -> None:
     """No call synchronises with the host."""
     x, seed = torch.randn(8, 16, 12, 12, device="cuda"), seed_tensor(ops)
+
+    def norm_act() -> None:
+        _, _, mean, var, mask = ops.norm_act_forward(x, None, None, x, "relu", 0.0, EPS, 0.5, seed)
+        ops.norm_act_backward(x, x, None, None, None, mean, var, mask, "relu", 0.0, EPS, True)
+
     _step(ops, x, [torch.zeros(4, 4, device="cuda")], seed)
+    norm_act()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         _step(ops, x, [torch.zeros(4, 4, device="cuda")], seed)
+        norm_act()
         if ops.name == "native":
             index = torch.arange(3, device="cuda")
             ops.compact([x], [index], [index])

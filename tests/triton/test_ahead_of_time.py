@@ -14,7 +14,7 @@ from triton.compiler import ASTSource  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from demp_kernels import kernel_table  # noqa: E402
-from demp_kernels.ops.triton import activation, weight_noise  # noqa: E402
+from demp_kernels.ops.triton import activation, norm_act, weight_noise  # noqa: E402
 from demp_kernels.ops.triton.channel_select import _select  # noqa: E402
 from demp_kernels.ops.triton.compact import BLOCK, FIELDS, _gather_list  # noqa: E402
 
@@ -28,6 +28,24 @@ _PLAIN = dict(ACTIVATION="gelu", NOISE=False, MASK=False, WIDE=tl.float32, LARGE
 _PLANES = dict(_FORWARD, inner="i32", positions="i32")
 _ROWS = dict(_FORWARD, rows="i32")
 _GATHER = dict(source="*i32", target="*i32", index="*i64", outer="i32", source_columns="i32", target_columns="i32", column_units="i32")
+
+_NORM = dict(
+    x="*fp32", residual="*fp32", weight="*fp32", bias="*fp32", mean="*fp32", var="*fp32", y="*fp32", active="*i64", mask="*u8",
+    seed="*i64", grad="*fp32", grad_x="*fp32", grad_residual="*fp32", grad_weight="*fp32", grad_bias="*fp32", partial="*fp32",
+    totals="*fp32", outer="i32", channels="i32", inner="i32", slope="fp32", eps="fp32", noise_std="fp32", n="fp32", splits="i32",
+    part="i32", elements="i32",
+)
+_ROWS_OF = dict(inner=1, PLANES=False, WIDE=tl.float32, ROWS=norm_act.BLOCK // norm_act.COLUMNS, CHANNELS=norm_act.COLUMNS)
+_PLANES_OF = dict(PLANES=True, WIDE=tl.float32, ROWS=norm_act.BLOCK, CHANNELS=1)
+_COMBINED = dict(WIDE=tl.float32, SPLITS=norm_act.PARTS, CHANNELS=norm_act.COMBINED)
+_AFFINE = dict(ACTIVATION="relu", HAS_WEIGHT=True, HAS_BIAS=True)
+_BITS = dict(_AFFINE, ADDED=True, NOISE=False, MASK=True)
+
+
+def _norm_act_kernel(kernel: object, constants: dict[str, object], wide: bool) -> tuple[object, dict[str, str], dict[str, object], bool]:
+    types = {name: kind for name, kind in _NORM.items() if name in kernel.arg_names and name not in constants}
+    return kernel, types, {name: value for name, value in constants.items() if name in kernel.arg_names}, wide
+
 
 # kernel, types of its arguments, its constants, whether its loads must be 16 bytes wide
 KERNELS = {
@@ -47,6 +65,17 @@ KERNELS = {
         _gather_list, dict(table="*i64", programs="i32"), dict(UNIT=tl.int32, BLOCK=BLOCK, FIELDS=FIELDS), False,
     ),
     "channel_select": (_select, _GATHER, dict(BLOCK=BLOCK), False),
+    "norm_act statistics, planes": _norm_act_kernel(norm_act._statistics, _PLANES_OF, True),
+    "norm_act statistics, rows": _norm_act_kernel(norm_act._statistics, _ROWS_OF, True),
+    "norm_act combined statistics": _norm_act_kernel(norm_act._combine_statistics, _COMBINED, False),
+    "norm_act normalise, planes": _norm_act_kernel(norm_act._normalise, dict(_BITS, **_PLANES_OF), True),
+    "norm_act normalise, rows": _norm_act_kernel(norm_act._normalise, dict(_BITS, **_ROWS_OF), True),
+    "norm_act bits": _norm_act_kernel(norm_act._bits, dict(_AFFINE, WIDE=tl.float32, BLOCK=norm_act.BLOCK), True),
+    "norm_act sums, planes": _norm_act_kernel(norm_act._sums, dict(_BITS, FROM_BITS=True, **_PLANES_OF), True),
+    "norm_act sums, rows": _norm_act_kernel(norm_act._sums, dict(_BITS, FROM_BITS=True, **_ROWS_OF), True),
+    "norm_act combined sums": _norm_act_kernel(norm_act._combine_sums, _COMBINED, False),
+    "norm_act input, planes": _norm_act_kernel(norm_act._input, dict(_AFFINE, IS_DZ=False, **_PLANES_OF), True),
+    "norm_act input, rows": _norm_act_kernel(norm_act._input, dict(_AFFINE, IS_DZ=False, **_ROWS_OF), True),
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@
 #include <immintrin.h>
 #endif
 
-#include "common/checks.h"
+#include "common/norm_act_arguments.h"
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "common/scratch.h"
@@ -49,33 +49,7 @@ const NormActTable& table() {
   return portable::kNormActTable;
 }
 
-bool is_piecewise_linear(int act) { return act == int(Act::relu) || act == int(Act::leaky_relu); }
-
-// ---- checks ---------------------------------------------------------------------------------------------------
-
-void check_like(const char* name, const Tensor& value, const Tensor& x) {
-  if (value.scalar_type() == x.scalar_type() && same_shape(value, x) && same_order(value, x)) return;
-  fail("norm_act: ", name, " must be like x (", dtype_name(x.scalar_type()), ", shape ", tuple_text(x.sizes()),
-       ", strides ", tuple_text(x.strides()), "), got ", dtype_name(value.scalar_type()), ", shape ",
-       tuple_text(value.sizes()), ", strides ", tuple_text(value.strides()));
-}
-
-ScalarType wide(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
-
-void check_parameter(const char* name, const std::optional<Tensor>& value, const Tensor& x) {
-  if (!value) return;
-  const ScalarType type = x.scalar_type(), got = value->scalar_type();
-  if (value->dim() == 1 && value->size(0) == x.size(1) && (got == type || got == wide(type))) return;
-  fail("norm_act: ", name, " must have shape (", x.size(1), ",) and dtype ", dtype_name(type), " or ",
-       dtype_name(wide(type)), ", got shape ", tuple_text(value->sizes()), " and dtype ", dtype_name(got));
-}
-
-void check_statistic(const char* name, const Tensor& value, const Tensor& x) {
-  const ScalarType type = wide(x.scalar_type());
-  if (value.dim() == 1 && value.size(0) == x.size(1) && value.scalar_type() == type) return;
-  fail("norm_act: ", name, " must have shape (", x.size(1), ",) and dtype ", dtype_name(type), ", got shape ",
-       tuple_text(value.sizes()), " and dtype ", dtype_name(value.scalar_type()));
-}
+// ---- arguments ------------------------------------------------------------------------------------------------
 
 struct Problem : NormAct {
   int type;
@@ -83,50 +57,14 @@ struct Problem : NormAct {
   std::int64_t n;  // values of a channel
 };
 
-Problem check(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& residual, const std::string& activation, double slope, double eps) {
-  static const char* const names[kActs] = {"relu", "leaky_relu", "gelu", "gelu_tanh", "silu"};
+Problem problem_of(const NormActView& view, const Tensor& x, double slope) {
   Problem p{};
-  p.act = -1;
-  for (int i = 0; i < kActs; ++i) {
-    if (activation == names[i]) p.act = i;
-  }
-  if (p.act < 0) {
-    fail("norm_act: activation must be one of relu, leaky_relu, gelu, gelu_tanh, silu, got ", activation);
-  }
-  p.type = type_index(x.scalar_type());
-  if (p.type < 0) fail("norm_act: x must be float32, bfloat16, float16 or float64, got ", dtype_name(x.scalar_type()));
-  if (x.dim() < 2) fail("norm_act: x must have shape (N, C, *), got shape ", tuple_text(x.sizes()));
-  const bool contiguous = x.is_contiguous();
-  if (!contiguous && !is_channels_last(x)) {
-    fail("norm_act: x must be contiguous or channels_last, got strides ", tuple_text(x.strides()));
-  }
-  const std::int64_t numel = x.numel();
-  if (numel > 0 && numel == x.size(1)) {
-    fail("norm_act: x must have more than one value per channel, got shape ", tuple_text(x.sizes()));
-  }
-  check_parameter("weight", weight, x);
-  check_parameter("bias", bias, x);
-  if (residual) check_like("residual", *residual, x);
-  if (!(eps > 0 && std::isfinite(eps))) fail("norm_act: eps must be finite and > 0, got ", number_text(eps));
-  p.channels = x.size(1);
-  p.n = p.channels ? numel / p.channels : 0;
-  p.outer = x.size(0);
-  p.inner = p.outer ? p.n / p.outer : 0;
-  p.rows = !contiguous || p.inner == 1;
-  if (p.rows) p.outer = p.n, p.inner = 1;
+  p.act = view.act, p.type = view.type, p.rows = view.rows, p.n = view.n;
+  p.outer = view.outer, p.channels = view.channels, p.inner = view.inner;
   p.x = x.const_data_ptr();
   p.last_channel = p.channels;
   p.parameters = {slope, 0, false};
   return p;
-}
-
-std::int64_t mask_numel(const Problem& p, const Tensor& x, std::int64_t (&shape)[2]) {
-  shape[0] = p.rows ? 1 : x.size(0) * x.size(1);
-  std::int64_t plane = 1;
-  for (std::int64_t d = 2; d < x.dim(); ++d) plane *= x.size(d);
-  shape[1] = ((p.rows ? x.numel() : plane) + 7) / 8;
-  return shape[0] * shape[1];
 }
 
 // ---- channel parameters ---------------------------------------------------------------------------------------
@@ -320,27 +258,19 @@ void run_forward(Problem& p, Statistics& s, std::int64_t* active) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
     const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
     std::string activation, double slope, double eps, double noise_std, std::optional<Tensor> seed) {
-  Problem p = check(x, weight, bias, residual, activation, slope, eps);
-  if (!(noise_std >= 0 && std::isfinite(noise_std))) {
-    fail("norm_act: noise_std must be finite and >= 0, got ", number_text(noise_std));
-  }
-  p.noisy = noise_std > 0;
-  if (p.noisy) {
-    if (!seed) fail("norm_act: seed is needed when noise_std > 0, got None");
-    check_seed("norm_act", *seed, x);
-    p.seed = std::uint64_t(*seed->const_data_ptr<std::int64_t>());
-  }
+  const NormActView view = check_norm_act(x, weight, bias, residual, activation, eps);
+  Problem p = problem_of(view, x, slope);
+  p.noisy = check_norm_act_noise(x, noise_std, seed);
+  if (p.noisy) p.seed = std::uint64_t(*seed->const_data_ptr<std::int64_t>());
   p.parameters.noise_std = noise_std;
   p.added = residual.has_value();
   p.residual = p.added ? residual->const_data_ptr() : nullptr;
-  std::int64_t mask_shape[2] = {0, 0};
-  const bool bits = p.added && is_piecewise_linear(p.act);
-  if (bits) mask_numel(p, x, mask_shape);
+  const bool bits = p.added && view.is_linear();
   Tensor y = torch::stable::empty_like(x);
   Tensor active = torch::stable::new_empty(x, {p.channels}, ScalarType::Long);
-  Tensor mask = bits ? torch::stable::new_empty(x, {mask_shape[0], mask_shape[1]}, ScalarType::Byte)
+  Tensor mask = bits ? torch::stable::new_empty(x, {view.mask_runs, view.mask_bytes}, ScalarType::Byte)
                      : torch::stable::new_empty(x, {0}, ScalarType::Byte);
-  const ScalarType type = wide(x.scalar_type());
+  const ScalarType type = norm_act_wide(x.scalar_type());
   const std::size_t channels = std::size_t(p.channels);
   Statistics s{std::vector<double>(channels), std::vector<double>(channels), std::vector<double>(channels),
                values_of(bias, p.channels, 0), values_of(weight, p.channels, 1), eps, type};
@@ -416,25 +346,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
     const Tensor& grad, const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias,
     std::optional<Tensor> residual, const Tensor& mean, const Tensor& var, const Tensor& mask, std::string activation,
     double slope, double eps, bool added) {
-  Problem p = check(x, weight, bias, residual, activation, slope, eps);
-  check_like("grad", grad, x);
-  check_statistic("mean", mean, x);
-  check_statistic("var", var, x);
+  const NormActView view =
+      check_norm_act_backward(grad, x, weight, bias, residual, mean, var, mask, activation, eps, added);
+  Problem p = problem_of(view, x, slope);
   p.added = added;
-  if (added && is_piecewise_linear(p.act)) {
-    std::int64_t shape[2];
-    mask_numel(p, x, shape);
-    if (mask.scalar_type() != ScalarType::Byte || mask.dim() != 2 || mask.size(0) != shape[0] ||
-        mask.size(1) != shape[1]) {
-      fail("norm_act: mask must be uint8 of shape (", shape[0], ", ", shape[1], "), got ",
-           dtype_name(mask.scalar_type()), " of shape ", tuple_text(mask.sizes()));
-    }
-    p.mask = const_cast<std::uint8_t*>(mask.const_data_ptr<std::uint8_t>());
-  } else if (added) {
-    if (!residual) fail("norm_act: residual is needed for ", activation, " where one was added, got None");
-    p.residual = residual->const_data_ptr();
-  }
-  const ScalarType type = wide(x.scalar_type());
+  if (added && view.is_linear()) p.mask = const_cast<std::uint8_t*>(mask.const_data_ptr<std::uint8_t>());
+  else if (added) p.residual = residual->const_data_ptr();
+  const ScalarType type = norm_act_wide(x.scalar_type());
   const std::size_t channels = std::size_t(p.channels);
   const std::vector<double> means = values_of(mean, p.channels, 0), vars = values_of(var, p.channels, 0);
   const std::vector<double> biases = values_of(bias, p.channels, 0);

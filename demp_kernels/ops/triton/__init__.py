@@ -9,6 +9,7 @@ import torch
 from .activation import activation_backward, activation_forward, activation_forward_
 from .channel_select import channel_select
 from .compact import compact
+from .norm_act import norm_act_backward, norm_act_forward
 from .weight_noise import weight_noise_
 
 KERNELS = {
@@ -18,6 +19,8 @@ KERNELS = {
     "weight_noise_": weight_noise_,
     "compact": compact,
     "channel_select": channel_select,
+    "norm_act_forward": norm_act_forward,
+    "norm_act_backward": norm_act_backward,
 }
 
 _libraries: list[torch.library.Library] = []

@@ -1,29 +1,11 @@
 // The kernels of csrc/ops/cuda for the emulator: their launch functions with C arguments, for ctypes.
-#include <exception>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "guarded.h"
 #include "ops/cuda/activation.cuh"
 #include "ops/cuda/compact.cuh"
 #include "ops/cuda/weight_noise.cuh"
-
-namespace {
-
-thread_local std::string message;
-
-template <typename Body>
-const char* guarded(Body body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-}  // namespace
 
 extern "C" {
 

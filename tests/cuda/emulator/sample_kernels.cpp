@@ -1,9 +1,8 @@
 // Kernels for the emulator's own tests: each right, or with one planted mistake (`Mistake`), to show that it is found.
 #include <cstring>
-#include <exception>
-#include <string>
 
 #include "grid_emulator.h"
+#include "guarded.h"
 
 namespace {
 
@@ -52,19 +51,6 @@ __global__ void sum_warp(const float* x, float* y, Mistake mistake) {
   const unsigned mask = mistake == kWrongMask ? 0xFFFFu : ~0u;
   for (int delta = 16; delta > 0; delta /= 2) value += __shfl_down_sync(mask, value, delta);
   if (threadIdx.x == 0) *y = value;
-}
-
-thread_local std::string message;
-
-template <typename Body>
-const char* guarded(Body body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
 }
 
 }  // namespace
