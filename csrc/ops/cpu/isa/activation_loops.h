@@ -97,6 +97,18 @@ DEMP_INLINE void count_row(const T* x, T* y, std::int64_t length, Parameters par
   typedef Ops<T> O;
   typedef typename O::Vec V;
   std::int64_t i = 0;
+  constexpr int line = 64 / (O::N * (int)sizeof(T)) * 2;  // packets of two cache lines, written one right after the other
+  for (; i + line * O::N <= length; i += line * O::N) {
+    typename O::Mask mask[line];
+    for (int k = 0; k < line; ++k) {
+      const T* from = x + i + k * O::N;
+      mask[k] = write ? packet<T, act, false>(from, y + i + k * O::N, nullptr, parameters) : O::active(load_bytes<V>(from));
+    }
+    for (int k = 0; k < line; ++k) {
+      typename Ops<T>::Count* to = counts + i + k * O::N;
+      store_bytes(to, O::add(load_bytes<V>(to), mask[k]));
+    }
+  }
   for (; i + O::N <= length; i += O::N) {
     const typename O::Mask mask =
         write ? packet<T, act, false>(x + i, y + i, nullptr, parameters) : O::active(load_bytes<V>(x + i));
