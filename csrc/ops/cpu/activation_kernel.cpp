@@ -23,6 +23,7 @@
 #endif
 
 #include "common/activation_arguments.h"
+#include "common/allocate.h"
 #include "common/parallel.h"
 #include "common/philox.h"
 #include "common/scratch.h"
@@ -182,8 +183,8 @@ std::tuple<Tensor, Tensor> run_forward(Forward f, const Tensor& x, const Tensor&
   const std::int64_t n = x.numel();
   f.parameters.stream = x.const_data_ptr() != y.const_data_ptr() && streams(y.const_data_ptr(), n * x.element_size());
   const bool with_mask = f.with_mask();
-  Tensor active = torch::stable::new_empty(x, {f.channels}, ScalarType::Long);
-  Tensor mask = torch::stable::new_empty(x, {with_mask ? (n + 7) / 8 : 0}, ScalarType::Byte);
+  Tensor active = new_vector(f.channels, ScalarType::Long);
+  Tensor mask = new_vector(with_mask ? (n + 7) / 8 : 0, ScalarType::Byte);
   std::int64_t* counts = active.mutable_data_ptr<std::int64_t>();
   if (n == 0) {
     std::fill_n(counts, f.channels, 0);
@@ -199,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> activation_forward(const Tensor& x, std::stri
                                                       std::int64_t channel_dim, double noise_std,
                                                       std::optional<Tensor> seed) {
   const Forward f = read_forward(x, activation, slope, channel_dim, noise_std, seed);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = new_like(x);
   auto [active, mask] = run_forward(f, x, y);
   return {y, active, mask};
 }
@@ -219,7 +220,7 @@ Tensor activation_backward(const Tensor& grad, const Tensor& saved, const Tensor
   const int act = view.act, type = view.type;
   const bool from_bits = view.from_bits;
   const std::int64_t n = grad.numel();
-  Tensor result = torch::stable::empty_like(grad);
+  Tensor result = new_like(grad);
   if (n == 0) return result;
   const ActivationTable& t = table();
   const int size = int(grad.element_size());

@@ -26,6 +26,7 @@
 #include <immintrin.h>
 #endif
 
+#include "common/allocate.h"
 #include "common/norm_act_arguments.h"
 #include "common/parallel.h"
 #include "common/philox.h"
@@ -88,8 +89,8 @@ std::vector<double> values_of(const std::optional<Tensor>& t, std::int64_t chann
   return values;
 }
 
-Tensor tensor_of(const std::vector<double>& values, const Tensor& like, ScalarType type) {
-  Tensor result = torch::stable::new_empty(like, {std::int64_t(values.size())}, type);
+Tensor tensor_of(const std::vector<double>& values, ScalarType type) {
+  Tensor result = new_vector(std::int64_t(values.size()), type);
   void* p = result.mutable_data_ptr();
   for (std::size_t i = 0; i < values.size(); ++i) {
     switch (type) {
@@ -266,10 +267,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
   p.added = residual.has_value();
   p.residual = p.added ? residual->const_data_ptr() : nullptr;
   const bool bits = p.added && view.is_linear();
-  Tensor y = torch::stable::empty_like(x);
-  Tensor active = torch::stable::new_empty(x, {p.channels}, ScalarType::Long);
-  Tensor mask = bits ? torch::stable::new_empty(x, {view.mask_runs, view.mask_bytes}, ScalarType::Byte)
-                     : torch::stable::new_empty(x, {0}, ScalarType::Byte);
+  Tensor y = new_like(x);
+  Tensor active = new_vector(p.channels, ScalarType::Long);
+  Tensor mask = bits ? new_matrix(view.mask_runs, view.mask_bytes, ScalarType::Byte) : new_vector(0, ScalarType::Byte);
   const ScalarType type = norm_act_wide(x.scalar_type());
   const std::size_t channels = std::size_t(p.channels);
   Statistics s{std::vector<double>(channels), std::vector<double>(channels), std::vector<double>(channels),
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
     p.mask = bits ? mask.mutable_data_ptr<std::uint8_t>() : nullptr;
     run_forward(p, s, counts);
   }
-  return {y, active, tensor_of(s.mean, x, type), tensor_of(s.var, x, type), mask};
+  return {y, active, tensor_of(s.mean, type), tensor_of(s.var, type), mask};
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------
@@ -359,8 +359,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
   const std::vector<double> scale = scales(values_of(weight, p.channels, 1), vars, eps, type);
   Gradients g{std::vector<double>(channels), std::vector<double>(channels), std::vector<double>(channels),
               std::vector<double>(channels), scale, vars, eps, type};
-  Tensor grad_x = torch::stable::empty_like(x);
-  Tensor grad_residual = added ? torch::stable::empty_like(grad) : torch::stable::new_empty(grad, {0});
+  Tensor grad_x = new_like(x);
+  Tensor grad_residual = added ? new_like(grad) : new_vector(0, grad.scalar_type());
   if (x.numel() > 0) {
     p.grad = grad.const_data_ptr();
     p.grad_x = grad_x.mutable_data_ptr();
@@ -368,8 +368,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
     p.mean = means.data(), p.scale = scale.data(), p.bias = biases.data();
     run_backward(p, g);
   }
-  return {grad_x, tensor_of(g.weight, x, weight ? weight->scalar_type() : type),
-          tensor_of(g.bias, x, bias ? bias->scalar_type() : type), grad_residual};
+  return {grad_x, tensor_of(g.weight, weight ? weight->scalar_type() : type),
+          tensor_of(g.bias, bias ? bias->scalar_type() : type), grad_residual};
 }
 
 }  // namespace
