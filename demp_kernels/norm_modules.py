@@ -45,7 +45,9 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
     Raises ValueError for an unknown activation, an input that is not 4-D, or a single value a channel.
 
     `nn.SyncBatchNorm.convert_sync_batchnorm` turns any BatchNorm into one without activation: convert first, then
-    `prepare`, which leaves synchronised layers unfused.
+    `prepare`, which leaves synchronised layers unfused: their statistics take a collective between the op's two passes.
+    The activation behind them counts on each rank, and `DemP` adds the counts up, so that ranks train as one process on
+    the global batch would.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ import sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functiona
 import demp_kernels as dk
 from torch.nn.parallel import DistributedDataParallel
 
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
+rank, world = int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.{world}.store", rank=rank, world_size=world)
 torch.set_num_threads(1)
 torch.manual_seed(0)
 net = nn.Sequential(nn.Linear(6, 24), nn.LayerNorm(24), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
@@ -54,25 +55,99 @@ dist.destroy_process_group()
 """
 
 
-def run(processes: int, folder: Path) -> list[dict[str, object]]:
+# nn.SyncBatchNorm computes, and DistributedDataParallel accepts it, on GPUs only: on the CPU both are stood in for, by
+# the definition (statistics of the global batch, gradients through the collectives).
+SYNC_SCRIPT = """
+import sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import demp_kernels as dk
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+def forward(self, x):
+    if not self.training or dist.get_world_size() == 1:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+    n = x.numel() // x.shape[1] * dist.get_world_size()
+    mean = all_reduce(x.sum((0, 2, 3))) / n
+    centred = x - mean.view(1, -1, 1, 1)
+    var = all_reduce((centred * centred).sum((0, 2, 3))) / n
+    with torch.no_grad():
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * n / (n - 1), self.momentum)
+    return centred * (torch.rsqrt(var + self.eps) * self.weight).view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+nn.SyncBatchNorm.forward = forward
+DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None
+rank, world = int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.{world}.store", rank=rank, world_size=world)
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Sequential(
+    nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, bias=False),
+    nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+inner = model = dk.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(net), torch.randn(2, 3, 6, 6))
+assert type(inner.get_submodule("1")) is nn.SyncBatchNorm  # not fused
+model = DistributedDataParallel(model) if world > 1 else model
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+demp = dk.DemP(model, optimizer, total_steps=8, prune_every=4, peak_penalty=1e-3, peak_noise=1e-3, seed=100)
+generator = torch.Generator().manual_seed(1)
+with torch.no_grad():
+    inner.get_submodule("1").bias[[1, 3]] = -50
+losses, live = [], []
+for step in range(8):
+    x, y = torch.randn(8, 3, 6, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    task = F.cross_entropy(model(x[share]), y[share])
+    (task + demp.penalty()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step == 2:
+        counts = [module.active.clone() for module in inner.modules() if isinstance(module, dk.DemPReLU)]
+        for count in counts:
+            dist.all_reduce(count)
+    demp.step()
+    shown = task.detach().clone()
+    dist.all_reduce(shown)
+    losses.append(shown.item() / world)
+    live.append(list(demp.live_units.values()))
+weights = torch.cat([t.detach().flatten() for t in (*inner.parameters(), *inner.buffers()) if t.is_floating_point()])
+torch.save({"losses": losses, "live": live, "weights": weights, "counts": torch.cat(counts)}, f"{sys.argv[1]}.{world}.{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def run(text: str, folder: Path) -> tuple[dict[str, object], dict[str, object], dict[str, object]]:
+    """What one process saved, and each of two ranks. All go on at once: most of their time is importing torch. They meet at
+    a file, because two runs of torchrun side by side can be given the same port."""
     script = folder / "train.py"
-    script.write_text(SCRIPT)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        str(script), str(folder / "result"),
-    ]
+    script.write_text(text)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"result.{processes}.{rank}.pt") for rank in range(processes)]
+
+    def launch(rank: int, processes: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(folder / "result"), str(rank), str(processes)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in pool.map(launch, (0, 0, 1), (1, 2, 2)):
+            assert done.returncode == 0, done.stderr[-3000:]
+    one, first, second = (torch.load(folder / f"result.{name}.pt") for name in ("1.0", "2.0", "2.1"))
+    return one, first, second
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    (one,) = run(1, tmp_path)
-    first, second = run(2, tmp_path)
+    one, first, second = run(SCRIPT, tmp_path)
     assert torch.equal(first["weights"], second["weights"])
     assert first["live"] == second["live"] == one["live"]
     assert one["live"][0] == [16, 12] and one["live"][3] == [14, 11]  # and then whatever died by itself
     assert sum(one["live"][7]) < 25
+    torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(one["losses"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_synchronised_batch_norm_and_counts_are_those_of_the_global_batch(tmp_path: Path) -> None:
+    one, first, second = run(SYNC_SCRIPT, tmp_path)
+    assert torch.equal(first["weights"], second["weights"])
+    assert torch.equal(first["counts"], one["counts"]) and int(one["counts"][0]) > 0 == int(one["counts"][1])
+    assert first["live"] == second["live"] == one["live"] and one["live"][-1] == [10, 8]
+    torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(one["losses"]), rtol=0, atol=1e-5)

@@ -208,10 +208,8 @@ torch.library.register_fake("demp_kernels::norm_act_backward", _fake_backward, l
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, mean: Tensor, var: Tensor, mask: Tensor) -> None:
     x, weight, bias, residual, ctx.activation, ctx.slope, ctx.eps, _, _ = inputs
-    _, active, mean, var, mask = output
-    ctx.mark_non_differentiable(active, mean, var, mask)
     ctx.set_materialize_grads(False)
     ctx.added, ctx.memory_format = residual is not None, memory_format(x)
     if ctx.activation in ("relu", "leaky_relu"):
@@ -219,14 +217,25 @@ def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(x, weight, bias, residual, mean, var, mask)
 
 
+def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, active, mean, var, mask = output
+    ctx.mark_non_differentiable(active, mean, var, mask)
+    _save(ctx, inputs, mean, var, mask)
+
+
 def _backward_forward(ctx: Any, grad: Tensor | None, *_: Any):
     if grad is None:
         return (None,) * 9
     x, weight, bias, residual, mean, var, mask = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias, grad_residual = backward(
-        grad.contiguous(memory_format=ctx.memory_format), x, weight, bias, residual, mean, var, mask,
-        ctx.activation, ctx.slope, ctx.eps, ctx.added,
+    arguments = (
+        grad.contiguous(memory_format=ctx.memory_format), x, weight, bias, residual, mean, var, mask, ctx.activation, ctx.slope,
+        ctx.eps, ctx.added,
     )
+    if torch.is_grad_enabled():  # to be differentiated again
+        grad_x, grad_weight, grad_bias, grad_residual = backward(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            grad_x, grad_weight, grad_bias, grad_residual = backward(*arguments)
     return (
         grad_x,
         None if weight is None else grad_weight,
@@ -239,6 +248,24 @@ def _backward_forward(ctx: Any, grad: Tensor | None, *_: Any):
 torch.library.register_autograd(
     "demp_kernels::norm_act_forward", _backward_forward, setup_context=_setup_forward, lib=library
 )
+
+
+class Forward(torch.autograd.Function):
+    """`forward` for eager autograd: returns (y, active, mean, var).
+
+    The formula is the one registered for the op. Calling it from here, below the autograd key, is for speed: see
+    `activation.Forward`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            y, active, mean, var, mask = forward(*inputs)
+        ctx.mark_non_differentiable(active, mean, var)
+        _save(ctx, inputs, mean, var, mask)
+        return y, active, mean, var
+
+    backward = staticmethod(_backward_forward)
 
 
 def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
