@@ -16,6 +16,10 @@ depend on the seed and the element's coordinates alone (`reference.noise`).
 
 Equivalent to `reference.activation_forward`, `reference.activation_backward`.
 
+Under torch.compile the op stays opaque. Left to Inductor as relu and (~(x <= 0)).sum, forward and backward of
+(128, 64, 28, 28) in float32 took 45 ms in NCHW and 49 in channels_last, opaque 3.4 and 4.3; of (4, 64, 32, 32) 2.0 and 2.4,
+opaque 0.37 and 0.36 (two Zen 4 cores, torch 2.14). `demp bench activation` measures both: `compile` and `demp_compile`.
+
 The backward pass keeps grad where `not saved <= 0`; `saved` is y for relu (x may be freed or overwritten) and for
 leaky_relu with a positive slope, x for the others.
 """

@@ -17,6 +17,9 @@ larger than sqrt(var). Activations, `active` and `xi` are those of `ops.activati
 
 Equivalent to `reference.norm_act_forward`, `reference.norm_act_backward`.
 
+Under torch.compile the op stays opaque: forward and backward of (128, 64, 28, 28) in float32 took 5.0 ms in NCHW and 4.8 in
+channels_last, left to Inductor as batch_norm, relu and a count 62 and 67 (two Zen 4 cores, torch 2.14).
+
 Bytes moved, in units of x, when x does not fit the caches: forward reads x twice (statistics, then y) and writes y once.
 Nothing in between is stored: backward recomputes z from x, or reads the sign from the mask's bits where a residual
 went into it (1/32 of x in float32; reading y would be a whole x), or adds the saved residual again for gelu and silu. It

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..compaction import CompactionReport, compact
 from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
-from .distributed import any_rank, every_rank, from_first_rank, rebuild_wrapper, sum_counters, unwrap
+from .distributed import any_rank, every_rank, forget_compiled, from_first_rank, rebuild_wrapper, sum_counters, unwrap
 from .liveness import StepLiveness, activations_of, scan_dead, window_dead
 from .penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
 from .schedule import SCHEDULES
@@ -281,6 +281,7 @@ class DemP:
         self._liveness.restart()
         if report.changed:
             rebuild_wrapper(self._wrapper)
+            forget_compiled(self._wrapper)
             self._history.append(
                 DemPEvent(self._steps_done, self.live_units, report.params_after, report.seconds)
             )

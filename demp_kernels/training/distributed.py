@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["any_rank", "every_rank", "from_first_rank", "rebuild_wrapper", "sum_counters", "unwrap"]
+__all__ = ["any_rank", "every_rank", "forget_compiled", "from_first_rank", "rebuild_wrapper", "sum_counters", "unwrap"]
 
 
 def is_distributed() -> bool:
@@ -54,6 +54,23 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def forget_compiled(model: nn.Module) -> None:
+    """Drop torch.compile's code if it compiled this model, whose shapes have changed for good.
+
+    The code fits widths that will not come back, but would count towards the limit of recompilations
+    (`torch._dynamo.config.recompile_limit`, 8), beyond which the compiler runs a model as it is and says so only in a log.
+    Everything else that was compiled in this process is compiled again too.
+    """
+    inner = unwrap(model)
+    while model is not inner:
+        if hasattr(model, "_orig_mod"):
+            torch.compiler.reset()
+            return
+        model = model.module
+    if inner._compiled_call_impl is not None:  # module.compile()
+        torch.compiler.reset()
 
 
 def rebuild_wrapper(model: nn.Module) -> None:
