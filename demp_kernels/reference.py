@@ -341,3 +341,23 @@ def compact(
         out = out.contiguous(memory_format=memory_format(source))
         kept.append(out.clone() if out is source else out)
     return kept
+
+
+def compact_(
+    sources: Sequence[Tensor], rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]
+) -> None:
+    """The kept rows and columns of every source to the front of its memory, row by row: a row of the result lies where
+    only rows were that are read already, or that row itself."""
+    for source, row, column in zip(sources, rows, columns):
+        shape = list(source.shape)
+        for dim, index in enumerate((row, column)):
+            if index is not None:
+                shape[dim] = index.numel()
+        if source.dim() == 1:
+            source[: shape[0]] = source if row is None else source[row]
+            continue
+        strides = torch.empty(shape, device="meta").contiguous(memory_format=memory_format(source)).stride()
+        front = source.as_strided(shape, strides)
+        for place in range(shape[0]):
+            kept = source[place if row is None else int(row[place])]
+            front[place] = kept.clone() if column is None else kept.index_select(0, column)

@@ -18,19 +18,20 @@ void check_index(const Tensor& index, const Tensor& like, const Name&... name) {
        " of shape ", tuple_text(index.sizes()), " on ", device_text(index));
 }
 
-inline void check_compact(const std::vector<Tensor>& sources, const std::vector<std::optional<Tensor>>& rows,
+inline void check_compact(const char* op, const std::vector<Tensor>& sources,
+                          const std::vector<std::optional<Tensor>>& rows,
                           const std::vector<std::optional<Tensor>>& columns) {
   const std::size_t count = sources.size();
-  if (rows.size() != count) fail("compact: rows must have one entry a source (", count, "), got ", rows.size());
-  if (columns.size() != count) fail("compact: columns must have one entry a source (", count, "), got ", columns.size());
+  if (rows.size() != count) fail(op, ": rows must have one entry a source (", count, "), got ", rows.size());
+  if (columns.size() != count) fail(op, ": columns must have one entry a source (", count, "), got ", columns.size());
   for (std::size_t i = 0; i < count; ++i) {
     const std::int64_t needed = columns[i] ? 2 : 1;
     if (sources[i].dim() < needed) {
-      fail("compact: sources[", i, "] must have at least ", needed, " dimensions, got shape ",
+      fail(op, ": sources[", i, "] must have at least ", needed, " dimensions, got shape ",
            tuple_text(sources[i].sizes()));
     }
-    if (rows[i]) check_index(*rows[i], sources[i], "compact: rows[", i, "]");
-    if (columns[i]) check_index(*columns[i], sources[i], "compact: columns[", i, "]");
+    if (rows[i]) check_index(*rows[i], sources[i], op, ": rows[", i, "]");
+    if (columns[i]) check_index(*columns[i], sources[i], op, ": columns[", i, "]");
   }
 }
 

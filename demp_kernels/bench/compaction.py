@@ -14,11 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..compaction import CompactionError
-from ..compaction.commit import commit
-from ..compaction.optimizer import plan_states
-from ..compaction.plan import make_plan
-from ..compaction.validate import validate
+from ..compaction import CompactionError, compact
 from ..graph import PrepareError, UnitGraph, prepare
 from ..recipes.errors import RecipeError, need
 from .machine import Machine, OthersMeter
@@ -61,17 +57,9 @@ class Subject:
         return cls(model, optimizer, graph, {name: torch.arange(units) % 2 == 1 for name, units in graph.units.items()})
 
     def compact(self) -> tuple[float, float]:
-        """Seconds of the plan (everything before the first tensor changes) and of the commit. The steps are those of
-        `compaction.compact`, which reports their sum only."""
-        start = time.perf_counter()
-        keep = self.graph.keep(self.dead)
-        plan = make_plan(self.model, self.graph, keep)
-        states = plan_states([self.optimizer], plan.cuts)
-        validate(self.model, self.graph, plan)
-        planned = time.perf_counter()
-        commit(plan, states)
-        self.graph.shrink(keep.atoms)
-        return planned - start, time.perf_counter() - planned
+        """Seconds of the plan (everything before the first tensor changes) and of the commit."""
+        report = compact(self.model, self.optimizer, dead=self.dead, graph=self.graph)
+        return report.plan_seconds, report.commit_seconds
 
     def tensors(self) -> list[Tensor]:
         """Parameters, buffers and the optimiser's tensors of their shapes."""

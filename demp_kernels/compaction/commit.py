@@ -1,45 +1,195 @@
-"""Carrying a plan out: one gather over everything, then the exchange of the tensors' contents."""
+"""Carrying a plan out: everything that can fail first, then tensor by tensor."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.compact import compact as compact_op
+from ..ops.compact import compact_ as compact_in_place_op
+from ..reference import memory_format
 from .optimizer import StateCut
 from .plan import Cut, Plan
 
 __all__ = ["commit"]
+
+MOVE_BYTES = 128 << 10
+"""From this size on glibc maps fresh pages for a tensor, and the first touch of a page costs four times what copying it
+does (36 MB: 15 ms warm, 62 ms fresh): such tensors shrink within their own memory."""
+BATCH_BYTES = 1 << 20
+"""Smaller tensors are gathered together up to this many bytes, or up to the largest new tensor's."""
+
+
+@dataclass
+class _Job:
+    """One tensor to be cut, and what takes its new content."""
+
+    tensor: Tensor
+    cut: Cut
+    put: Callable[[Tensor], None]
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 @torch.no_grad()
 def commit(plan: Plan, states: Sequence[StateCut]) -> int:
     """Shrink parameters, buffers, gradients and optimiser state. Returns the bytes freed.
 
-    Everything new is gathered first, so that running out of memory leaves all as it was; what follows only exchanges
-    contents. Parameters and buffers stay the same objects, with hooks and requires_grad.
+    Parameters and buffers stay the same objects, with hooks and requires_grad. Three kinds of tensors:
+
+    - Those whose memory somebody else looks at (a saved activation graph, a view, a bucket of gradients, another
+      process), that are not dense, or whose cut is no matter of rows and columns alone are gathered into new memory.
+    - Large ones on the CPU shrink in place: what stays moves to the front, the pages behind go back to the system, and
+      the new storage ends where the content does.
+    - All others are gathered batch by batch, and each batch's old memory goes before the next one's is taken. The memory
+      needed besides is that of one batch: at most the largest new tensor's, or a mebibyte.
+
+    Whatever can run out of memory happens before the first change: the first kind's gathers, and taking one batch's worth
+    of memory, which is given back at once. Should the memory for a later batch be gone all the same (another process took
+    it), that batch shrinks in place, which needs none, and keeps its old storages.
     """
-    jobs: list[tuple[Tensor, Cut]] = [(cut.tensor, cut) for cut in plan.cuts]
-    with_grad = [cut for cut in plan.cuts if cut.tensor.grad is not None]
-    jobs += [(cut.tensor.grad, cut) for cut in with_grad]
-    jobs += [(state.state[state.key], state.cut) for state in states]
-    new = gather([(tensor.detach(), cut) for tensor, cut in jobs])
-    freed = sum(old.nbytes for old, _ in jobs) - sum(t.nbytes for t in new)
+    jobs = _jobs(plan, states)
+    own = [job for job in jobs if _own_memory(job.tensor, job.cut)]
+    mine = {id(job) for job in own}
+    shared = [job for job in jobs if id(job) not in mine]
+    prepared = gather([(job.tensor, job.cut) for job in shared])
+    moved = [job for job in own if job.tensor.device.type == "cpu" and job.tensor.nbytes >= MOVE_BYTES]
+    moving = {id(job) for job in moved}
+    limit = max([BATCH_BYTES, *(job.nbytes for job in own)])
+    batches = list(_batches([job for job in own if id(job) not in moving], limit))
+    for device in {job.tensor.device for job in own}:
+        torch.empty(limit, dtype=torch.uint8, device=device)
 
-    contents = iter(new)
-    gradients = new[len(plan.cuts) : len(plan.cuts) + len(with_grad)]
-    for cut in with_grad:
-        cut.tensor.grad = None
+    gradients = [(cut.tensor, cut.tensor.grad) for cut in plan.cuts if cut.tensor.grad is not None]
+    for parameter, _ in gradients:
+        parameter.grad = None  # a parameter takes a content of another shape only without
+    freed = 0
+    for job, content in zip(shared, prepared):
+        freed += job.tensor.nbytes - content.nbytes
+        job.put(content)
+    if moved:
+        compact_in_place_op(*_arguments(moved))
+    for job in moved:
+        freed += job.tensor.nbytes - job.nbytes
+        job.put(_front(job.tensor, job.shape))
+    for batch in batches:
+        freed += _exchange(batch)
+    _finish(plan)
+    return freed
+
+
+def _jobs(plan: Plan, states: Sequence[StateCut]) -> list[_Job]:
+    """Parameters and buffers, then gradients, then optimiser state: a gradient needs its parameter's new shape."""
+    jobs = []
+
+    def add(tensor: Tensor, cut: Cut, shape: tuple[int, ...], put: Callable[[Tensor], None]) -> None:
+        jobs.append(_Job(tensor, cut, put, shape, math.prod(shape) * tensor.element_size()))
+
     for cut in plan.cuts:
-        replace_content(cut.tensor, next(contents))
-    for cut, gradient in zip(with_grad, gradients):
-        cut.tensor.grad = gradient
-    for state, tensor in zip(states, new[len(plan.cuts) + len(with_grad) :]):
-        state.state[state.key] = tensor
+        add(cut.tensor, cut, cut.shape, _content_of(cut.tensor))
+    for cut in plan.cuts:
+        if cut.tensor.grad is not None:
+            add(cut.tensor.grad, cut, cut.shape, _gradient_of(cut.tensor))
+    for state in states:
+        add(state.state[state.key], state.cut, state.cut.shape, state.put)
+    return jobs
 
+
+def _content_of(tensor: Tensor) -> Callable[[Tensor], None]:
+    return lambda content: replace_content(tensor, content)
+
+
+def _gradient_of(parameter: Tensor) -> Callable[[Tensor], None]:
+    return lambda gradient: setattr(parameter, "grad", gradient)
+
+
+_NOTHING: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def replace_content(tensor: Tensor, content: Tensor) -> None:
+    """Give a parameter or buffer another content and shape; object, hooks and flags stay."""
+    if tensor.requires_grad:
+        # A graph that is still alive (a loss kept for logging) holds the parameter's gradient accumulator with the old
+        # shape, and autograd would hand it out again. It drops an accumulator only when dtype or device change.
+        other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
+        key = (other, tensor.device)
+        if key not in _NOTHING:
+            _NOTHING[key] = torch.empty(0, dtype=other, device=tensor.device)
+        tensor.data = _NOTHING[key]
+    tensor.data = content
+
+
+_use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _own_memory(tensor: Tensor, cut: Cut) -> bool:
+    """Whether nobody else sees the tensor's memory, and the cut can be made by moving rows and columns within it."""
+    if cut.blocks is not None or max(cut.index) > 1 or _use_count is None:
+        return False
+    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_contiguous(memory_format=memory_format(tensor)):
+        return False
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes or tensor.device.type == "meta":
+        return False
+    # 2: the tensor and the Python object `storage`. A view or a graph's saved tensor counts one more.
+    return _use_count(storage._cdata) == 2 and not (tensor.device.type == "cpu" and (storage.is_shared() or tensor.is_pinned()))
+
+
+def _batches(jobs: Iterable[_Job], limit: int) -> Iterator[list[_Job]]:
+    """Jobs in their order, cut into stretches of one device and at most `limit` bytes of new memory."""
+    batch: list[_Job] = []
+    size = 0
+    for job in jobs:
+        if batch and (size + job.nbytes > limit or job.tensor.device != batch[0].tensor.device):
+            yield batch
+            batch, size = [], 0
+        batch.append(job)
+        size += job.nbytes
+    if batch:
+        yield batch
+
+
+def _arguments(jobs: Sequence[_Job]) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    return (
+        [job.tensor.detach() for job in jobs],
+        [job.cut.index.get(0) for job in jobs],
+        [job.cut.index.get(1) for job in jobs],
+    )
+
+
+def _exchange(batch: Sequence[_Job]) -> int:
+    """Gather one batch and put it in place. Returns the bytes freed."""
+    arguments = _arguments(batch)
+    try:
+        contents = compact_op(*arguments)
+    except RuntimeError:  # out of memory; OutOfMemoryError of a device is one too
+        compact_in_place_op(*arguments)
+        contents = [tensor.as_strided(job.shape, _strides(tensor, job.shape)) for tensor, job in zip(arguments[0], batch)]
+    freed = sum(job.tensor.nbytes for job in batch) - sum(content.untyped_storage().nbytes() for content in contents)
+    arguments[0].clear()  # the old memory goes as its tensor takes the new content
+    for job, content in zip(batch, contents):
+        job.put(content)
+    return freed
+
+
+def _strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a tensor of this shape in the given one's layout."""
+    return torch.empty(shape, device="meta", memory_format=memory_format(tensor)).stride()
+
+
+def _front(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The front of a CPU tensor's memory as a tensor with a storage of just its size. The whole block lives as long as it,
+    but what lies behind has no pages."""
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    front = whole.numpy()[: math.prod(shape) * tensor.element_size()]
+    return torch.from_numpy(front).view(tensor.dtype).as_strided(tuple(shape), _strides(tensor, shape))
+
+
+def _finish(plan: Plan) -> None:
+    """Selections, attributes and counters."""
     for change in plan.selections:
         change.module.set_selection(change.index, change.skip_channels)
     for module, attribute, value in plan.attributes:
@@ -49,17 +199,6 @@ def commit(plan: Plan, states: Sequence[StateCut]) -> int:
             module.active = module.seen = None
         else:
             module.select_units(kept)
-    return freed
-
-
-def replace_content(tensor: Tensor, content: Tensor) -> None:
-    """Give a parameter or buffer another content and shape; object, hooks and flags stay."""
-    if tensor.requires_grad:
-        # A graph that is still alive (a loss kept for logging) holds the parameter's gradient accumulator with the old
-        # shape, and autograd would hand it out again. It drops an accumulator only when dtype or device change.
-        other = torch.float64 if tensor.dtype != torch.float64 else torch.float32
-        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-    tensor.data = content
 
 
 @dataclass
@@ -77,6 +216,7 @@ def gather(jobs: Sequence[tuple[Tensor, Cut]]) -> list[Tensor]:
     """Cut each tensor, in one call of the `compact` op for each device. The new tensors share nothing with the old."""
     pieces: list[_Piece] = []
     for number, (tensor, cut) in enumerate(jobs):
+        tensor = tensor.detach()
         if cut.blocks is not None:
             pieces += [_Piece(number, tensor, rows, columns) for rows, columns in cut.blocks]
         elif max(cut.index) <= 1:

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from ..graph import AnalysisError, UnitGraph, remembered_inputs
 from ..graph.units import Keep
 from ..modules import DemPActivation
 from .commit import commit
-from .optimizer import as_optimizers, plan_states
-from .plan import CompactionError, make_plan
+from .optimizer import StateCut, as_optimizers, plan_states
+from .plan import CompactionError, Plan, make_plan
 from .report import CompactionReport
 from .validate import validate
 
@@ -31,6 +32,7 @@ def compact(
     round_to: int = 1,
     min_units: int = 1,
     graph: UnitGraph | None = None,
+    followers: nn.Module | Sequence[nn.Module] | None = None,
 ) -> CompactionReport:
     """Remove dead units from `model` and everything that belongs to them from its optimiser.
 
@@ -46,6 +48,7 @@ def compact(
         round_to: keep dead units so that widths are multiples of it.
         min_units: units that every activation keeps at least.
         graph: a `UnitGraph` of the model, to be used again; it follows the compaction.
+        followers: copies of the model that are to be cut alike: an `AveragedModel` (EMA, SWA), a teacher, or several.
 
     Raises:
         CompactionError: the model or the optimiser cannot be shrunk; nothing was changed.
@@ -58,10 +61,12 @@ def compact(
             raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
     if dead is None:
         _require_counters(model)
+    copies = _followers(followers)
     graph = graph if graph is not None else _analyse(model, example_inputs)
+    analysed = time.perf_counter()
     dead = counted_dead(model, graph) if dead is None else dead
     keep = graph.keep(dead, round_to=round_to, min_units=min_units)
-    return _carry_out(model, optimizers, graph, keep, _reasons(graph, dead, keep), start)
+    return _carry_out(model, optimizers, copies, graph, keep, _reasons(graph, dead, keep), start, analysed)
 
 
 def counted_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
@@ -115,25 +120,38 @@ def apply_saved(
         left = graph.axis_ids[key][atoms[graph.axes[key]]]
         if not np.array_equal(left, saved["kept"][text].cpu().numpy()):
             raise ValueError(f"saved widths must be of this model: the entries of {text} do not fit its other tensors")
-    return _carry_out(model, optimizers, graph, Keep(atoms, {}), {}, start)
+    return _carry_out(model, optimizers, [], graph, Keep(atoms, {}), {}, start, start)
 
 
 def _carry_out(
-    model: nn.Module, optimizers: list[Optimizer], graph: UnitGraph, keep: Keep, kept: dict[str, str], start: float
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    followers: list[nn.Module],
+    graph: UnitGraph,
+    keep: Keep,
+    kept: dict[str, str],
+    start: float,
+    analysed: float,
 ) -> CompactionReport:
     before = graph.units
     parameters = sum(p.numel() for p in model.parameters())
     freed = 0
     plan = make_plan(model, graph, keep)
+    states: list[StateCut] = []
     if plan.cuts or plan.selections:
+        for number, follower in enumerate(followers):
+            plan.add(_follow(follower, number, graph, keep))
         for cut in plan.cuts:
             if cut.tensor.layout != torch.strided or (cut.tensor.grad is not None and cut.tensor.grad.is_sparse):
                 raise CompactionError(f"{cut.name} must be a dense tensor with a dense gradient")
         states = plan_states(optimizers, plan.cuts)
         if not graph.proved:
             validate(model, graph, plan)
+    planned = time.perf_counter()
+    if plan.cuts or plan.selections:
         freed = commit(plan, states)
         graph.shrink(keep.atoms)
+    committed = time.perf_counter()
     after = graph.units
     return CompactionReport(
         live_units=after,
@@ -144,8 +162,28 @@ def _carry_out(
         params_after=sum(p.numel() for p in model.parameters()),
         bytes_freed=freed,
         seconds=time.perf_counter() - start,
+        plan_seconds=planned - analysed,
+        commit_seconds=committed - planned,
         notes=[f"{name}: never used by the forward" for name in graph.untraced],
     )
+
+
+def _follow(follower: nn.Module, number: int, graph: UnitGraph, keep: Keep) -> Plan:
+    """The same cuts of a copy of the model."""
+    try:
+        return make_plan(follower, graph, keep)
+    except ValueError as error:
+        raise ValueError(f"followers[{number}] must be a copy of the model: {error}") from error
+
+
+def _followers(followers: Any) -> list[nn.Module]:
+    """Copies of the model out of what wraps them. Raises TypeError for what is no module."""
+    found = [] if followers is None else [followers] if isinstance(followers, nn.Module) else list(followers)
+    for one in found:
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"followers must be a module or a list of modules, got {type(one).__name__}")
+    found = [getattr(one, "_orig_mod", one) for one in found]
+    return [one.module if isinstance(one, AveragedModel) else one for one in found]
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -22,6 +22,9 @@ class StateCut:
     key: str
     cut: Cut
 
+    def put(self, content: Tensor) -> None:
+        self.state[self.key] = content
+
 
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     """One optimiser, several, or none, as a list. Raises TypeError for anything else."""

@@ -1,6 +1,7 @@
 """What a compaction will do to every tensor, selection and attribute; decided before anything is touched."""
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +29,7 @@ class Cut:
     index: dict[int, Tensor]
     blocks: list[tuple[Tensor, Tensor]] | None = None
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape to be."""
         if self.blocks is not None:
@@ -57,6 +58,13 @@ class Plan:
     counters: list[tuple[DemPActivation, Tensor | None]] = field(default_factory=list)
     """Kept units of each counting activation; None: its calls keep different units, so the counters start anew."""
 
+    def add(self, other: Plan) -> None:
+        """Make the changes of another plan too."""
+        self.cuts += other.cuts
+        self.selections += other.selections
+        self.attributes += other.attributes
+        self.counters += other.counters
+
 
 def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
     """Turn the kept classes into cuts. Raises ValueError if the graph is not that of `model` as it is now."""
@@ -64,21 +72,23 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
     plan = Plan(keep)
     if keep.atoms.all():
         return plan
-    kept_at: dict[str, dict[int, np.ndarray]] = {}
-    for (name, dim), atoms in graph.axes.items():
+    names: dict[str, dict[int, int]] = {}  # name -> dimension -> group of its axis
+    for ((name, dim), atoms), group in zip(graph.axes.items(), graph.axis_groups):
+        names.setdefault(name, {})[dim] = group
+    indices = _Indices(graph, keep)
+    for name, dims in names.items():
         tensor = _tensor(modules, name)
-        if tensor is None or dim >= tensor.dim() or tensor.shape[dim] != atoms.size:
-            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise ValueError(f"graph must be that of the model: it has {name} with {atoms.size} entries in dimension "
-                             f"{dim}, the model's is {found}")
-        stays = keep.atoms[atoms]
-        if not stays.all():
-            kept_at.setdefault(name, {})[dim] = np.nonzero(stays)[0]
-    indices = _IndexCache()
-    for name, dims in kept_at.items():
-        tensor = _tensor(modules, name)
-        plan.cuts.append(Cut(name, tensor, {d: indices.tensor(i, tensor.device) for d, i in dims.items()}))
+        shape = () if tensor is None else tensor.shape
+        for dim, group in dims.items():
+            if dim >= len(shape) or shape[dim] != indices.sizes[group]:
+                found = "missing" if tensor is None else f"of shape {tuple(shape)}"
+                raise ValueError(f"graph must be that of the model: it has {name} with {indices.sizes[group]} entries in "
+                                 f"dimension {dim}, the model's is {found}")
+        index = {dim: indices.kept(group, tensor.device) for dim, group in dims.items() if indices.shrinks[group]}
+        if index:
+            plan.cuts.append(Cut(name, tensor, index))
     _add_blocks(plan, modules, graph, indices)
+    plan.cuts = list({id(cut.tensor): cut for cut in plan.cuts}.values())  # tied parameters have several names
     plan.selections = _selections(modules, graph, keep, next(model.parameters()).device)
     for path, attribute, atoms in graph.attributes:
         count = graph.count(atoms, keep.atoms)
@@ -88,7 +98,7 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
     return plan
 
 
-def _add_blocks(plan: Plan, modules: dict[str, nn.Module], graph: UnitGraph, indices: _IndexCache) -> None:
+def _add_blocks(plan: Plan, modules: dict[str, nn.Module], graph: UnitGraph, indices: _Indices) -> None:
     """Cuts of grouped weights whose inputs shrink."""
     for balance in graph.balances:
         inputs, outputs = plan.keep.atoms[balance.inputs], plan.keep.atoms[balance.outputs]
@@ -105,17 +115,39 @@ def _add_blocks(plan: Plan, modules: dict[str, nn.Module], graph: UnitGraph, ind
         plan.cuts.append(Cut(balance.weight, tensor, {}, blocks))
 
 
-class _IndexCache:
-    """Equal indices are one tensor: a layer's outputs are the next one's inputs, a moment's rows its weight's."""
+class _Indices:
+    """Kept entries of every axis, found in one go. Equal axes share one tensor: a layer's outputs are the next one's
+    inputs, and the moments' rows are the weight's.
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[bytes, torch.device], Tensor] = {}
+    sizes, shrinks: for each group of equal axes its entries, and whether it loses any.
+    """
+
+    def __init__(self, graph: UnitGraph, keep: Keep) -> None:
+        groups = dict(zip(graph.axis_groups, graph.axes.values()))
+        atoms = [groups[number] for number in range(len(groups))]
+        self.sizes = [a.size for a in atoms]
+        starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        stays = keep.atoms[np.concatenate(atoms)] if atoms else np.empty(0, bool)
+        place = np.concatenate([[0], np.cumsum(stays)])[starts]
+        counts = np.diff(place)
+        self.shrinks = (counts != self.sizes).tolist()
+        kept = np.nonzero(stays)[0] - np.repeat(starts[:-1], counts)
+        self._kept = {torch.device("cpu"): torch.from_numpy(kept).split(counts.tolist())}
+        self._blocks: dict[tuple[bytes, torch.device], Tensor] = {}
+
+    def kept(self, group: int, device: torch.device) -> Tensor:
+        """(kept,) int64: the entries of a group's axes that stay."""
+        if device not in self._kept:
+            parts = self._kept[torch.device("cpu")]
+            self._kept[device] = torch.cat(parts).to(device).split([part.numel() for part in parts])
+        return self._kept[device][group]
 
     def tensor(self, index: np.ndarray, device: torch.device) -> Tensor:
+        """An index that is not an axis's, once for equal ones."""
         key = (index.tobytes(), device)
-        if key not in self._known:
-            self._known[key] = torch.from_numpy(index).to(device)
-        return self._known[key]
+        if key not in self._blocks:
+            self._blocks[key] = torch.from_numpy(index).to(device)
+        return self._blocks[key]
 
 
 def _tensor(modules: dict[str, nn.Module], name: str) -> Tensor | None:

@@ -14,8 +14,10 @@ class CompactionReport:
     removed: activation name -> units removed by this compaction (those that lost any).
     kept: activation name -> why dead units of it stayed.
     params_before, params_after: number of parameters.
-    bytes_freed: of parameters, buffers, gradients and optimiser state together.
-    seconds: for everything; without the analysis if the graph was given.
+    bytes_freed: of parameters, buffers, gradients and optimiser state together: given back to the allocator, large
+        tensors' to the system. What somebody else still looks at (a view, a saved graph) goes when they let go.
+    seconds: for everything; without the analysis if the graph was given. plan_seconds, commit_seconds: of it, what came
+        before the first change, and the change itself.
     """
 
     live_units: dict[str, int]
@@ -26,6 +28,8 @@ class CompactionReport:
     params_after: int
     bytes_freed: int
     seconds: float
+    plan_seconds: float = 0.0
+    commit_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -117,6 +117,9 @@ class UnitGraph:
         self.proved = False
         """Whether the model itself, with some of everything removed, had the shapes that the analysis expects."""
         self._gates: dict[str, str] | None = None
+        numbers: dict[bytes, int] = {}
+        self.axis_groups = [numbers.setdefault(atoms.tobytes(), len(numbers)) for atoms in self.axes.values()]
+        """A number for each of `axes`, the same for equal ones: they stay equal when they shrink."""
 
     @classmethod
     def trace(cls, model: nn.Module, example_inputs: Any) -> UnitGraph:

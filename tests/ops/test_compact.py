@@ -9,10 +9,12 @@ from torch import Tensor
 
 from demp_kernels import reference
 from demp_kernels.ops.compact import _reference as fallback
-from demp_kernels.ops.compact import compact
+from demp_kernels.ops.compact import _reference_ as fallback_
+from demp_kernels.ops.compact import compact, compact_
 
 SHAPES = [(1,), (7,), (0,), (5, 9), (1, 1), (63, 1025), (0, 4), (4, 0), (4, 6, 3), (4, 6, 3, 3), (8, 16, 1, 1),
           (33, 17, 5, 5), (3, 4, 2, 3, 3), (2, 300, 7, 7)]
+I2, I4 = torch.tensor([0, 1]), torch.tensor([0], dtype=torch.int32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.complex128, torch.bool]
 
 
@@ -61,6 +63,45 @@ def test_large_tensors_are_shared_out_among_threads() -> None:
         assert torch.equal(out, source[rows][:, columns])
 
 
+@pytest.mark.parametrize("backend", [compact_, fallback_], ids=["dispatched", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_place_the_kept_entries_come_to_the_front(shape: tuple[int, ...], dtype: torch.dtype, backend: object) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(100).to(dtype)
+    jobs = [
+        (source.clone(), rows, columns)
+        for source in layouts(x)[: 2 if x.dim() in (4, 5) else 1]
+        for rows in indices(shape[0])[:3]
+        for columns in (indices(shape[1])[:3] if len(shape) > 1 else [None])
+    ]
+    wanted = reference.compact(*map(list, zip(*jobs)))
+    backend(*map(list, zip(*jobs)))
+    for (source, _, _), out in zip(jobs, wanted):
+        assert torch.equal(source.as_strided(out.shape, out.stride()), out)
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_in_place_on_large_tensors(step: int) -> None:
+    rows, columns = torch.arange(0, 700, step), torch.arange(513)[torch.arange(513) % step != 1]
+    sources = [torch.randn(700, 513, 3, 3), torch.randn(700, 513, 1, 1), torch.randn(700, 513).half()]
+    sources.append(sources[0].contiguous(memory_format=torch.channels_last))
+    wanted = reference.compact(sources, [rows] * 4, [columns] * 4)
+    compact_(sources, [rows] * 4, [columns] * 4)
+    for source, out in zip(sources, wanted):
+        assert torch.equal(source.as_strided(out.shape, out.stride()), out)
+
+
+def test_in_place_refuses() -> None:
+    for source, rows, text in [
+        (torch.ones(3, 4).t(), I2, r"compact_: sources\[0\] must be contiguous or channels_last"),
+        (torch.ones(3, 4), I2.flip(0), r"compact_: rows\[0\] must be ascending"),
+        (torch.ones(3, 4), I4, r"compact_: rows\[0\] must be a 1-D int64 tensor on cpu"),
+    ]:
+        for backend in (compact_, fallback_):
+            with pytest.raises((ValueError, RuntimeError), match=text):
+                backend([source], [rows], [None])
+
+
 def test_an_index_may_be_a_strided_view() -> None:
     (out,) = compact([torch.arange(10.0)], [torch.arange(10)[::3]], [None])
     assert out.tolist() == [0, 3, 6, 9]
@@ -68,10 +109,10 @@ def test_an_index_may_be_a_strided_view() -> None:
 
 def test_opcheck() -> None:
     x, rows = torch.randn(4, 6, 3, 3), torch.tensor([0, 2])
+    torch.library.opcheck(compact_, ([x.clone()], [rows], [rows]))
     torch.library.opcheck(compact, ([x, x.contiguous(memory_format=torch.channels_last)], [rows, None], [None, rows]))
 
 
-I2, I4 = torch.tensor([0, 1]), torch.tensor([0], dtype=torch.int32)
 BAD = [
     (([torch.ones(3)], [], [None]), "compact: rows must have one entry a source (1), got 0"),
     (([torch.ones(3)], [None], [None, None]), "compact: columns must have one entry a source (1), got 2"),

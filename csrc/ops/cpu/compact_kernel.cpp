@@ -1,4 +1,6 @@
 // compact: the kept rows and columns of a list of tensors, gathered in one pass over all of them.
+// compact_: the same within the tensors' own memory. Kept units only move down, so each unit is read before anything is
+// written over it as long as a tensor is walked from its front by one thread.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +14,11 @@
 #include <utility>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "common/channel_layout.h"
 #include "common/gather_arguments.h"
 
@@ -23,10 +30,20 @@ using Index = std::optional<Tensor>;
 // Bytes of output that one task copies: small enough to share out among threads, large enough to forget the call.
 constexpr std::int64_t kTaskBytes = 256 << 10;
 
+// Behind a tensor that shrank in place, at least so much has to be left over for the pages to be given back.
+constexpr std::int64_t kReturnBytes = 16 << 10;
+
 struct Run {
   std::int64_t first, length;
 };
-using Runs = std::vector<Run>;
+
+// Which units stay: as runs, and one by one where the runs are short. For every other float of a row the loop over
+// units takes a third of the time of the loop over runs.
+struct Runs {
+  std::vector<Run> list;
+  std::vector<std::int32_t> units;
+};
+constexpr std::int64_t kShortRun = 4;
 
 // A source as rows of `groups` stretches of `columns` units of `unit` bytes. A contiguous tensor has one group a row
 // and a unit for every (dim 0, dim 1); a channels_last weight has a group for every tap, and elements as units.
@@ -37,6 +54,7 @@ struct Job {
   const Runs* columns;  // null: all
   std::int64_t row_count, column_count;  // of the target
   std::int64_t groups, source_columns, unit;
+  const char* source_end;  // in place only
 
   std::int64_t source_row_bytes() const { return groups * source_columns * unit; }
   std::int64_t target_row_bytes() const { return groups * column_count * unit; }
@@ -50,10 +68,17 @@ struct Task {
 // The usual units are copied by moves of a fixed size; a call of memcpy for four bytes costs more than the bytes.
 template <int Unit>
 void copy_units(char* target, const char* source, const Runs& runs) {
-  for (const Run& run : runs) {
+  if (!runs.units.empty()) {
+    for (const std::int64_t unit : runs.units) {
+      std::memcpy(target, source + unit * Unit, Unit);
+      target += Unit;
+    }
+    return;
+  }
+  for (const Run& run : runs.list) {
     const char* from = source + run.first * Unit;
     if (run.length * Unit > 128) {
-      std::memcpy(target, from, run.length * Unit);
+      std::memmove(target, from, run.length * Unit);
       target += run.length * Unit;
       continue;
     }
@@ -72,8 +97,8 @@ void copy_stretch(char* target, const char* source, const Runs& runs, std::int64
     case 72: return copy_units<72>(target, source, runs);
     case 100: return copy_units<100>(target, source, runs);
     default:
-      for (const Run& run : runs) {
-        std::memcpy(target, source + run.first * unit, run.length * unit);
+      for (const Run& run : runs.list) {
+        std::memmove(target, source + run.first * unit, run.length * unit);
         target += run.length * unit;
       }
   }
@@ -81,7 +106,7 @@ void copy_stretch(char* target, const char* source, const Runs& runs, std::int64
 
 void copy_row(const Job& job, char* target, const char* source) {
   if (!job.columns) {
-    std::memcpy(target, source, job.target_row_bytes());
+    std::memmove(target, source, job.target_row_bytes());
     return;
   }
   const std::int64_t target_step = job.column_count * job.unit, source_step = job.source_columns * job.unit;
@@ -96,19 +121,19 @@ void run_task(const Task& task) {
   char* target = job.target + task.begin * to;
   if (!job.rows) {
     if (!job.columns) {
-      std::memcpy(target, job.source + task.begin * from, (task.end - task.begin) * to);
+      std::memmove(target, job.source + task.begin * from, (task.end - task.begin) * to);
       return;
     }
     for (std::int64_t row = task.begin; row < task.end; ++row, target += to) copy_row(job, target, job.source + row * from);
     return;
   }
   std::int64_t place = 0;
-  for (const Run& run : *job.rows) {
+  for (const Run& run : job.rows->list) {
     const std::int64_t begin = std::max(task.begin, place), end = std::min(task.end, place + run.length);
     if (begin < end) {
       const char* source = job.source + (run.first + begin - place) * from;
       if (!job.columns) {
-        std::memcpy(target, source, (end - begin) * to);
+        std::memmove(target, source, (end - begin) * to);
         target += (end - begin) * to;
       } else {
         for (std::int64_t row = begin; row < end; ++row, target += to, source += from) copy_row(job, target, source);
@@ -122,8 +147,10 @@ void run_task(const Task& task) {
 Runs runs_of(const Tensor& index, std::int64_t size, const char* name, std::size_t source) {
   const std::int64_t* values = index.const_data_ptr<std::int64_t>();
   const std::int64_t step = index.stride(0);
-  Runs runs;
-  for (std::int64_t i = 0; i < index.numel(); ++i) {
+  const std::int64_t count = index.numel();
+  Runs found;
+  std::vector<Run>& runs = found.list;
+  for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t value = values[i * step];
     if (value < 0 || value >= size) {
       demp::fail("compact: ", name, "[", source, "] must be in [0, ", size, "), got ", value);
@@ -134,11 +161,41 @@ Runs runs_of(const Tensor& index, std::int64_t size, const char* name, std::size
       runs.push_back({value, 1});
     }
   }
-  return runs;
+  if (count < kShortRun * static_cast<std::int64_t>(runs.size()) && size <= INT32_MAX) {
+    found.units.reserve(count);
+    for (const Run& run : runs) {
+      for (std::int64_t i = 0; i < run.length; ++i) found.units.push_back(static_cast<std::int32_t>(run.first + i));
+    }
+  }
+  return found;
+}
+
+// In place every unit has to come from its own place or from behind it.
+void check_ascending(const Runs& runs, const char* name, std::size_t source) {
+  std::int64_t end = 0;
+  for (const Run& run : runs.list) {
+    if (run.first < end) demp::fail("compact_: ", name, "[", source, "] must be ascending");
+    end = run.first + run.length;
+  }
+}
+
+// Hands the whole pages in [begin, end) back to the system. The memory stays allocated; it reads as zeros afterwards.
+void return_pages(char* begin, char* end) {
+#ifdef __linux__
+  if (end - begin < kReturnBytes) return;
+  const std::uintptr_t page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(begin) + page - 1) / page * page;
+  const std::uintptr_t last = reinterpret_cast<std::uintptr_t>(end) / page * page;
+  // a refusal (locked or huge pages) costs memory only
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+#else
+  (void)begin, (void)end;
+#endif
 }
 
 class Gather {
  public:
+  // A new tensor that the gather fills.
   Tensor add(const Tensor& given, const Index& rows, const Index& columns, std::size_t number) {
     const auto format = demp::memory_format(given);
     const bool channels_last = format != torch::headeronly::MemoryFormat::Contiguous;
@@ -150,31 +207,31 @@ class Gather {
     Tensor target = torch::stable::empty(
         shape, source.scalar_type(), std::nullopt, source.device(), std::nullopt, format);
     if (target.numel() == 0) return target;
-
-    const auto old = source.sizes();
-    std::int64_t inner = 1;
-    for (std::size_t d = 2; d < old.size(); ++d) inner *= old[d];
-    const std::int64_t element = static_cast<std::int64_t>(source.element_size());
-    Job job{};
-    job.source = static_cast<const char*>(source.const_data_ptr());
+    Job job = describe(source, rows, columns, number, channels_last);
     job.target = static_cast<char*>(target.mutable_data_ptr());
-    if (source.dim() == 1) {  // one row of elements
-      job.columns = rows ? known(*rows, old[0], "rows", number) : nullptr;
-      job.row_count = job.groups = 1;
-      job.column_count = shape[0];
-      job.source_columns = old[0];
-      job.unit = element;
-    } else {
-      job.rows = rows ? known(*rows, old[0], "rows", number) : nullptr;
-      job.columns = columns ? known(*columns, old[1], "columns", number) : nullptr;
-      job.row_count = shape[0];
-      job.column_count = shape[1];
-      job.source_columns = old[1];
-      job.groups = channels_last ? inner : 1;
-      job.unit = channels_last ? element : inner * element;
-    }
     jobs_.push_back(job);
     return target;
+  }
+
+  // A dense tensor whose units move to the front of its own memory.
+  void add_in_place(const Tensor& tensor, const Index& rows, const Index& columns, std::size_t number) {
+    if (tensor.numel() == 0) return;
+    Job job = describe(tensor, rows, columns, number, !tensor.is_contiguous());
+    if (job.rows) check_ascending(*job.rows, "rows", number);
+    if (job.columns) check_ascending(*job.columns, tensor.dim() == 1 ? "rows" : "columns", number);
+    job.target = static_cast<char*>(tensor.mutable_data_ptr());
+    job.source_end = job.source + tensor.numel() * static_cast<std::int64_t>(tensor.element_size());
+    jobs_.push_back(job);
+  }
+
+  void run_in_place() {
+    torch::stable::parallel_for(0, static_cast<std::int64_t>(jobs_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const Job& job = jobs_[i];
+        run_task({&job, 0, job.row_count});
+        return_pages(job.target + job.row_count * job.target_row_bytes(), const_cast<char*>(job.source_end));
+      }
+    });
   }
 
   void run() {
@@ -191,6 +248,31 @@ class Gather {
   }
 
  private:
+  Job describe(const Tensor& source, const Index& rows, const Index& columns, std::size_t number, bool channels_last) {
+    const auto old = source.sizes();
+    std::int64_t inner = 1;
+    for (std::size_t d = 2; d < old.size(); ++d) inner *= old[d];
+    const std::int64_t element = static_cast<std::int64_t>(source.element_size());
+    Job job{};
+    job.source = static_cast<const char*>(source.const_data_ptr());
+    if (source.dim() == 1) {  // one row of elements
+      job.columns = rows ? known(*rows, old[0], "rows", number) : nullptr;
+      job.row_count = job.groups = 1;
+      job.column_count = rows ? rows->numel() : old[0];
+      job.source_columns = old[0];
+      job.unit = element;
+    } else {
+      job.rows = rows ? known(*rows, old[0], "rows", number) : nullptr;
+      job.columns = columns ? known(*columns, old[1], "columns", number) : nullptr;
+      job.row_count = rows ? rows->numel() : old[0];
+      job.column_count = columns ? columns->numel() : old[1];
+      job.source_columns = old[1];
+      job.groups = channels_last ? inner : 1;
+      job.unit = channels_last ? element : inner * element;
+    }
+    return job;
+  }
+
   // A weight, its gradient and its moments share their indices: the runs are found once.
   const Runs* known(const Tensor& index, std::int64_t size, const char* name, std::size_t number) {
     const auto key = std::make_pair(index.get(), size);
@@ -205,7 +287,7 @@ class Gather {
 };
 
 std::vector<Tensor> compact(std::vector<Tensor> sources, std::vector<Index> rows, std::vector<Index> columns) {
-  demp::check_compact(sources, rows, columns);
+  demp::check_compact("compact", sources, rows, columns);
   Gather gather;
   std::vector<Tensor> targets;
   targets.reserve(sources.size());
@@ -214,8 +296,19 @@ std::vector<Tensor> compact(std::vector<Tensor> sources, std::vector<Index> rows
   return targets;
 }
 
+void compact_(std::vector<Tensor> tensors, std::vector<Index> rows, std::vector<Index> columns) {
+  demp::check_compact("compact_", tensors, rows, columns);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (!demp::is_dense(tensors[i])) demp::fail("compact_: sources[", i, "] must be contiguous or channels_last");
+  }
+  Gather gather;
+  for (std::size_t i = 0; i < tensors.size(); ++i) gather.add_in_place(tensors[i], rows[i], columns[i], i);
+  gather.run_in_place();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(demp_kernels, CPU, m) {
   m.impl("compact", TORCH_BOX(&compact));
+  m.impl("compact_", TORCH_BOX(&compact_));
 }

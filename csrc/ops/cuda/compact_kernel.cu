@@ -23,7 +23,7 @@ const std::int64_t* values_of(const Index& index, std::vector<Tensor>& kept) {
 }
 
 std::vector<Tensor> compact_(std::vector<Tensor> sources, std::vector<Index> rows, std::vector<Index> columns) {
-  check_compact(sources, rows, columns);
+  check_compact("compact", sources, rows, columns);
   if (sources.empty()) return {};
   const DeviceGuard guard(sources[0].get_device_index());
   std::vector<Tensor> targets, kept;  // kept: dense copies that the launch reads
