@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from .entry import apply_saved, compact, plan_to_dict
 from .plan import CompactionError
+from .recycle import recycle
 from .report import CompactionReport
 
-__all__ = ["CompactionError", "CompactionReport", "apply_saved", "compact", "plan_to_dict"]
+__all__ = ["CompactionError", "CompactionReport", "apply_saved", "compact", "plan_to_dict", "recycle"]

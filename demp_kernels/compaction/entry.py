@@ -29,7 +29,7 @@ def compact(
     example_inputs: Any = None,
     *,
     dead: Mapping[str, Tensor] | None = None,
-    round_to: int = 1,
+    round_to: int | str = 1,
     min_units: int = 1,
     graph: UnitGraph | None = None,
     followers: nn.Module | Sequence[nn.Module] | None = None,
@@ -45,7 +45,8 @@ def compact(
         example_inputs: a tensor or a tuple, for the analysis; not needed for a prepared model or with `graph`.
         dead: activation name -> (units,) bool, True for units whose output is zero on everything. By default what the
             counters of the DemP activations say. A path of a module that is called several times means all its calls.
-        round_to: keep dead units so that widths are multiples of it.
+        round_to: keep dead units so that widths are multiples of it. "auto": 8 for half precision on CUDA (tensor cores), the
+            SIMD block of oneDNN's kernels on the CPU (16 with AVX-512, else 8), 1 elsewhere: time rises in steps of it.
         min_units: units that every activation keeps at least.
         graph: a `UnitGraph` of the model, to be used again; it follows the compaction.
         followers: copies of the model that are to be cut alike: an `AveragedModel` (EMA, SWA), a teacher, or several.
@@ -56,6 +57,7 @@ def compact(
     """
     start = time.perf_counter()
     model, optimizers = _checked(model), as_optimizers(optimizer)
+    round_to = _width_step(model) if round_to == "auto" else round_to
     for name, number in (("round_to", round_to), ("min_units", min_units)):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
@@ -166,6 +168,17 @@ def _carry_out(
         commit_seconds=committed - planned,
         notes=[f"{name}: never used by the forward" for name in graph.untraced],
     )
+
+
+def _width_step(model: nn.Module) -> int:
+    """The width in whose steps the time of a layer rises on the model's device and precision."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return 1
+    if parameter.device.type == "cpu":
+        return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    half = parameter.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(parameter.device.type)
+    return 8 if parameter.device.type == "cuda" and half else 1
 
 
 def _follow(follower: nn.Module, number: int, graph: UnitGraph, keep: Keep) -> Plan:

@@ -18,6 +18,7 @@ class CompactionReport:
         tensors' to the system. What somebody else still looks at (a view, a saved graph) goes when they let go.
     seconds: for everything; without the analysis if the graph was given. plan_seconds, commit_seconds: of it, what came
         before the first change, and the change itself.
+    found, recycled: activation name -> dead units found, and given a new start, where DemP's `on_dead` is not "remove".
     """
 
     live_units: dict[str, int]
@@ -30,6 +31,8 @@ class CompactionReport:
     seconds: float
     plan_seconds: float = 0.0
     commit_seconds: float = 0.0
+    found: dict[str, int] = field(default_factory=dict)
+    recycled: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -45,6 +48,10 @@ class CompactionReport:
                 f"{self.params_before:,} -> {self.params_after:,}; {self.bytes_freed / 2**20:.1f} MiB freed in "
                 f"{self.seconds:.3f} s"
             )
+        elif self.recycled:
+            head = f"recycled {sum(self.recycled.values())} dead units of {sum(self.found.values())} found; {live} of {total} units left"
+        elif self.found:
+            head = f"found {sum(self.found.values())} dead units, left as they are; {live} of {total} units left"
         else:
             head = f"nothing to remove: {live} of {total} units left"
         lines = [head]

@@ -1,6 +1,7 @@
 """`DemP`: the controller that a training loop calls once before the backward pass and once after the optimiser's step."""
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..compaction import CompactionReport, compact
+from ..compaction import CompactionReport, compact, recycle
 from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
 from .distributed import any_rank, every_rank, forget_compiled, from_first_rank, rebuild_wrapper, sum_counters, unwrap
@@ -86,8 +87,10 @@ class DemP:
         scan_batches: for "scan": batches of inputs, or a function that returns fresh ones.
         example_inputs: a tensor or tuple for the analysis; not needed for a prepared model.
         penalty_norm, penalty_on: see `training.penalty`.
-        round_to: keep dead units so that widths are multiples of this.
+        round_to, followers: as for `compact`: "auto" or a number; copies (EMA, SWA) that shrink with the model.
         min_units: units that every layer keeps at least. The authors let a layer reach 0, which ends the network.
+        on_dead: "remove"; "recycle": give dead units a new start instead (ReDo, see `compaction.recycle`), for training that
+            goes on with other data; or "report": say how many there are and change nothing.
         seed: of the weight noise; by default drawn from torch's generator.
 
     Raises ValueError or TypeError that names the argument, what is required and what it got.
@@ -112,8 +115,10 @@ class DemP:
         example_inputs: Any = None,
         penalty_norm: str = "l1",
         penalty_on: str = "scales",
-        round_to: int = 1,
+        round_to: int | str = 1,
         min_units: int = 1,
+        followers: nn.Module | Sequence[nn.Module] | None = None,
+        on_dead: str = "remove",
         seed: int | None = None,
     ) -> None:
         self.total_steps = _at_least("total_steps", total_steps, 1, int)
@@ -123,7 +128,9 @@ class DemP:
         self.prune_after = _at_least("prune_after", prune_after, 0, int)
         ramp = int(0.87 * total_steps) if ramp_steps is None else ramp_steps
         self.ramp_steps = _at_least("ramp_steps", max(ramp, 1) if ramp_steps is None else ramp, 1, int)
-        self.round_to = _at_least("round_to", round_to, 1, int)
+        self.round_to = round_to if round_to == "auto" else _at_least("round_to", round_to, 1, int)
+        self.on_dead = _one_of("on_dead", on_dead, ("remove", "recycle", "report"))
+        self.followers = followers
         self.min_units = _at_least("min_units", min_units, 1, int)
         self.schedule = _one_of("schedule", schedule, SCHEDULES)
         self.criterion = _one_of("criterion", criterion, ("window", "scan"))
@@ -268,14 +275,19 @@ class DemP:
             dead = window_dead(self._model)
         else:
             dead = every_rank(scan_dead(self._model, self.scan_batches))
-        report = compact(
-            self._model,
-            self._optimizers,
-            dead={name: mask for name, mask in dead.items() if name in self.graph.units},
-            round_to=self.round_to,
-            min_units=self.min_units,
-            graph=self.graph,
-        )
+        dead = {name: mask for name, mask in dead.items() if name in self.graph.units}
+        if self.on_dead == "remove":
+            report = compact(
+                self._model,
+                self._optimizers,
+                dead=dead,
+                round_to=self.round_to,
+                min_units=self.min_units,
+                graph=self.graph,
+                followers=self.followers,
+            )
+        else:
+            report = self._leave_widths(dead)
         for module in activations_of(self._model).values():
             module.reset_counts()
         self._liveness.restart()
@@ -288,6 +300,20 @@ class DemP:
             for callback in self.on_compaction:
                 callback(report)
         return report
+
+    def _leave_widths(self, dead: dict[str, Tensor]) -> CompactionReport:
+        """Recycle the dead units, or only say how many there are."""
+        start = time.perf_counter()
+        found = {name: count for name, mask in dead.items() if (count := int(mask.sum()))}
+        recycled: dict[str, int] = {}
+        if found and self.on_dead == "recycle":
+            # the noise's seed is that of every rank, so all draw the same weights
+            recycled = recycle(self._model, self._optimizers, self.graph, dead, seed=int(self._noise_seed) + self._steps_done)
+        parameters = sum(p.numel() for p in self._model.parameters())
+        return CompactionReport(
+            self.live_units, self.total_units, {}, {}, parameters, parameters, 0, time.perf_counter() - start,
+            found=found, recycled=recycled,
+        )
 
 
 def _at_least(name: str, value: Any, least: float, kind: type = float) -> Any:

@@ -82,6 +82,14 @@ def test_widths_are_rounded_up_with_dead_units(round_to: int, expected: int) -> 
     assert report.live_units["2"] == expected and model[0].out_channels == expected
 
 
+def test_automatic_rounding_is_the_simd_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (("AVX2", 8), ("AVX512", 16)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 2))
+        report = dk.compact(model, None, torch.randn(2, 4), dead={"1": torch.arange(40) >= 5}, round_to="auto")
+        assert report.live_units["1"] == expected
+
+
 def test_a_projection_keeps_the_inputs_that_onednn_needs() -> None:
     model = ResNet()
     block = {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 16)
