@@ -59,11 +59,12 @@ class Plan:
     """Kept units of each counting activation; None: its calls keep different units, so the counters start anew."""
 
     def add(self, other: Plan) -> None:
-        """Make the changes of another plan too."""
-        self.cuts += other.cuts
+        """Make the changes of another plan too; what both share changes once."""
+        cut, counted = {id(c.tensor) for c in self.cuts}, {id(module) for module, _ in self.counters}
+        self.cuts += [c for c in other.cuts if id(c.tensor) not in cut]
+        self.counters += [c for c in other.counters if id(c[0]) not in counted]
         self.selections += other.selections
         self.attributes += other.attributes
-        self.counters += other.counters
 
 
 def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:

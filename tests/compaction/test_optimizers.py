@@ -184,6 +184,18 @@ def test_a_follower_of_another_shape_is_refused() -> None:
     assert same(before[0], snapshot(model)) and same(before[1], snapshot(other))
 
 
+def test_what_a_follower_shares_with_the_model_is_cut_once() -> None:
+    model, graph, dead = net()
+    twin = copy.deepcopy(model)
+    twin[0], twin[2] = model[0], model[2]
+    x = inputs(dtype=torch.float64)
+    model(x), model.eval(), twin.eval()
+    before, shared = model(x), twin(x)
+    dk.compact(model, None, dead=dead, graph=graph, followers=[twin, model])
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-9)
+    torch.testing.assert_close(twin(x), shared, rtol=0, atol=1e-9)
+
+
 def test_gradients_in_the_middle_of_an_accumulation() -> None:
     model, graph, dead = net()
     whole = copy.deepcopy(model)
