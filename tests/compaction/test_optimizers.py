@@ -3,6 +3,7 @@ compaction is refused with nothing changed. And copies, hooks, scalers and memor
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -246,7 +247,7 @@ def test_a_grad_scaler_goes_on() -> None:
 
 
 class Wide(nn.Sequential):
-    """Tensors large enough to shrink within their own memory: 1 MiB and 4 MiB."""
+    """Tensors of 1 MiB and 4 MiB."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 4))
@@ -269,7 +270,8 @@ def held(model: nn.Module, optimizer: O.Optimizer) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
-def test_large_tensors_shrink_in_place_and_their_storages_too(tmp_path: object) -> None:
+def test_large_tensors_shrink_in_place_and_their_storages_too(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_module, "MOVE_BYTES", 1 << 19)
     model, optimizer, dead, x = wide()
     addresses = [p.data_ptr() for p in (model[2].weight, model[2].weight.grad)]
     before, out = held(model, optimizer), model(x).detach()
@@ -286,7 +288,8 @@ def test_large_tensors_shrink_in_place_and_their_storages_too(tmp_path: object) 
     assert not torch.equal(clone[2].weight, model[2].weight)
 
 
-def test_memory_that_somebody_looks_at_is_left_alone() -> None:
+def test_memory_that_somebody_looks_at_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_module, "MOVE_BYTES", 1 << 19)
     model, optimizer, dead, x = wide()
     view, saved = model[2].weight.detach(), model(x)
     before = view.clone()
@@ -329,10 +332,11 @@ def test_running_out_of_memory_later_is_got_over_in_place(monkeypatch: pytest.Mo
 
 def test_new_memory_is_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, dead, x = wide()
-    monkeypatch.setattr(commit_module, "MOVE_BYTES", 1 << 40)
-    largest, taken = [], []
+    largest, taken, gone = [], [], []
+    old = [weakref.ref(v) for state in optimizer.state.values() for v in state.values() if v.dim()]
 
     def watched(sources: list[Tensor], *indices: object) -> list[Tensor]:
+        gone.append(sum(moment() is None for moment in old))
         new = compact_op(sources, *indices)
         taken.append(sum(t.nbytes for t in new))
         largest.append(max(t.nbytes for t in new))
@@ -341,3 +345,4 @@ def test_new_memory_is_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(commit_module, "compact_op", watched)
     dk.compact(model, optimizer, x, dead=dead)
     assert len(taken) > 2 and max(taken) <= max(*largest, 1 << 20)
+    assert gone[0] == 0 < gone[-1]  # old moments go before the last batch is gathered
