@@ -9,7 +9,7 @@ import pytest
 from demp_kernels.bench import plots
 from demp_kernels.bench.goals import GOALS, judge
 from demp_kernels.bench.report import BEGIN, END, all_sheets, readme_table, rich_table, update_readme, write_tables
-from demp_kernels.bench.rows import Row
+from demp_kernels.bench.rows import Row, read_rows
 from demp_kernels.bench.sheets import headline, losses
 from demp_kernels.recipes.errors import RecipeError
 from rich.console import Console
@@ -204,3 +204,9 @@ def test_figures_are_of_the_newest_rows(tmp_path: Path, make_rows, machine) -> N
     plots.draw_all(rows, tmp_path / "both")
     plots.draw_all(make_rows(machine=newer, copy=2.0, demp=4.0), tmp_path / "one")
     assert (tmp_path / "both/against_copy.svg").read_bytes() == (tmp_path / "one/against_copy.svg").read_bytes()
+
+
+def test_the_readme_shows_the_committed_rows() -> None:
+    root = Path(__file__).resolve().parent.parent.parent
+    shown = (root / "README.md").read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+    assert shown == readme_table(read_rows(root / "benchmarks" / "results" / "rows.csv"))
