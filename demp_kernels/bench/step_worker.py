@@ -85,31 +85,31 @@ class Trainer:
         )
 
     def step(self) -> None:
-        loss = F.cross_entropy(self.model(self.images), self.labels)
+        F.cross_entropy(self.model(self.images), self.labels).backward()
         if self.demp is not None:
-            loss = loss + self.demp.penalty()
-        loss.backward()
+            self.demp.penalise_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.demp is not None:
             self.demp.step()
 
     def parts(self) -> dict[str, Call]:
-        """What DemP adds to a step, piece by piece: the penalty with its backward pass, the noise (with schedule and
+        """What DemP adds to a step, piece by piece: the penalty's gradients, the noise (with schedule and
         liveness), a decision. The counts are measured against plain activations, see `Sites`."""
         assert self.demp is not None
         demp, decider = self.demp, self._controller(0.0, 1)
 
-        def penalty() -> None:
-            demp.penalty().backward()
-            self.optimizer.zero_grad()
+        def gradients_exist() -> None:
+            for p in self.model.parameters():
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
 
         def forward_happened() -> None:
             for module in activations_of(self.model).values():
                 module.active.add_(1)  # else all units would seem silent, and get no noise
 
         return {
-            "own_penalty": Call(penalty), "own_noise": Call(demp.step, before=forward_happened),
+            "own_penalty": Call(demp.penalise_gradients, before=gradients_exist), "own_noise": Call(demp.step, before=forward_happened),
             "own_decision": Call(decider.step, before=forward_happened),
         }
 

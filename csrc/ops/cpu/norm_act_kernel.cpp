@@ -134,7 +134,7 @@ void run_by_channel(const Problem& p, const Part& part) {
   Shares(p.channels, std::max<std::int64_t>(1, kGrain / p.n)).run([&](std::int64_t, std::int64_t first, std::int64_t last) {
     Scratch scratch(scratch_bytes(p.channels));
     Problem channels = p;
-    channels.pieces = 1, channels.piece = p.inner, channels.period = p.channels;
+    channels.pieces = 1, channels.piece = p.inner, channels.period = p.channels, channels.ahead = true;
     for (std::int64_t c = first; c < last; c += group) {
       channels.first_channel = c, channels.last_channel = std::min(last, c + group);
       part(channels, scratch.as<void>());
@@ -147,9 +147,6 @@ void run_by_channel(const Problem& p, const Part& part) {
 bool streams_output(const Problem& p, const void* output) {
   return streams(output, p.n * p.channels * element_size(p)) && (p.rows ? p.period : p.inner) * element_size(p) % 64 == 0;
 }
-
-void first_pass(NormAct& a) { a.backwards = false, a.ahead = true; }
-void second_pass(NormAct& a) { a.backwards = true, a.ahead = false; }
 
 // part(share, first, last, scratch) for shares of the rows or of the pieces of images; shares are numbered from 0.
 class Parts {
@@ -223,10 +220,10 @@ void forward_by_channel(Problem& p, Statistics& s, std::int64_t* active) {
   p.parameters.stream = streams_output(p, p.y);
   std::vector<Moments> moments(std::size_t(p.channels));
   run_by_channel(p, [&](Problem& channels, void* scratch) {
-    first_pass(channels);
+    channels.backwards = false;
     t.statistics[p.type](channels, 0, p.outer, moments.data(), scratch);
     for (std::int64_t c = channels.first_channel; c < channels.last_channel; ++c) s.set(std::size_t(c), moments[std::size_t(c)]);
-    second_pass(channels);
+    channels.backwards = true;
     t.forward[p.type](channels, 0, p.outer, active, scratch);
   });
 }
@@ -308,12 +305,12 @@ void backward_by_channel(Problem& p, Gradients& g) {
   p.parameters.stream = streams_output(p, p.grad_x);
   std::vector<GradientSums> sums(std::size_t(p.channels));
   run_by_channel(p, [&](Problem& channels, void* scratch) {
-    first_pass(channels);
+    channels.backwards = false;
     t.sums[p.type](channels, 0, p.outer, sums.data(), scratch);
     for (std::int64_t c = channels.first_channel; c < channels.last_channel; ++c) {
       g.set(std::size_t(c), sums[std::size_t(c)], double(p.n));
     }
-    second_pass(channels);
+    channels.backwards = true;
     t.input[p.type](channels, 0, p.outer, scratch);
   });
 }

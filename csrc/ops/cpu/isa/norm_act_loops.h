@@ -171,7 +171,7 @@ DEMP_INLINE void walk_run(const Loops<T>& loops, const NormAct& a, const Context
   constexpr int W = Lanes<T>::large, w = Lanes<T>::small, wide = W * Lanes<T>::n, narrow = w * Lanes<T>::n;
   const std::int64_t plane = image * a.channels + channel, plane_bytes = (a.inner + 7) / 8;
   Place place{plane * a.inner + from, plane * plane_bytes + from / 8, 0, 0, 0, planes, 0, 0, 0};
-  if (a.ahead) place.ahead = planes * a.channels * a.inner;
+  if (a.ahead) place.ahead = (a.backwards ? -planes : planes) * a.channels * a.inner;
   std::int64_t left = to - from;
   const std::int64_t most = planes > 1 ? left : kRowsInFloat;  // rows at once: several planes are few rows
   if (loops.wide && left >= wide) {

@@ -18,7 +18,8 @@ struct NormAct {
   // inner == 1: rows are done in bands of `period` columns, a multiple of `channels` and of the type's `group`.
   std::int64_t pieces, piece, period;
   // inner > 1: only the channels [first_channel, last_channel) are looked at. `backwards`: the images from the last to the
-  // first, to begin with what the caches still hold. `ahead`: fetch what the caches do not hold yet.
+  // first, to begin with what the caches still hold. `ahead`: fetch what the caches do not hold yet (x and grad for sums, the
+  // residual for y).
   std::int64_t first_channel, last_channel;
   bool backwards, ahead;
 

@@ -231,6 +231,9 @@ struct ForwardTile {
     const bool keeps_bits = added && (relu || c.act == Act::leaky_relu);
     for (std::int64_t left_rows = place.all_rows(), row = 0; left_rows > 0; --left_rows, place.next_row(row)) {
       std::uint64_t bits = 0;
+      if (added && place.ahead) {
+        for (int w = 0; w < W; ++w) fetch_vector(c.residual + place.at, place.ahead, w);
+      }
       for (int w = 0; w < W; ++w) {
         const std::int64_t left = place.elements - w * n, at = place.at + w * n;
         V z = (load<cut>(c.x + at, left) - p.mean[w]) * p.scale[w] + p.bias[w];
