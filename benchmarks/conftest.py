@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from demp_kernels.bench.cases import Case, Scope, retained_graphs
 from demp_kernels.bench.machine import last_level_cache
 from demp_kernels.bench.suites import SUITES

@@ -157,8 +157,8 @@ def describe(mangled: str) -> tuple[str, str, float | None] | None:
     if match := re.search(rf"norm_act_(planes|rows)I\w*?({passes})I({types})(?:LNS_4KindE(\d)E)?EELi(\d)E", mangled):
         layout, step, element, group = match.group(1), match.group(2), _TYPE[match.group(3)], int(match.group(5))
         variant = "single elements" if group == 1 else _KIND[int(match.group(4))] if match.group(4) else "words"
-        moved = _NORM_ACT_READS_AND_WRITES[step] * _SIZES[element]
-        return f"norm_act_{layout} {_NORM_ACT_STEP[step]}, {variant}", _SHORT[element], float(moved)
+        moved: float = _NORM_ACT_READS_AND_WRITES[step] * _SIZES[element]
+        return f"norm_act_{layout} {_NORM_ACT_STEP[step]}, {variant}", _SHORT[element], moved
     if match := re.search(rf"norm_act_(moments|gradients|bits)I({types})E", mangled):
         return f"norm_act_{match.group(1)}", _SHORT[_TYPE[match.group(2)]], None
     if match := re.search(rf"activation_backwardI({types})LNS_4KindE(\d)ELb(\d)E", mangled):
@@ -185,7 +185,7 @@ def _width(code: list[str], instruction: str) -> int:
 
 def atomics_in_hot_loops(code: list[str]) -> int:
     """Atomics on global memory inside innermost loops with the widest loads. A loop is what a backward branch spans."""
-    at = [int(re.match(r"\s*/\*([0-9a-f]+)\*/", line).group(1), 16) for line in code]
+    at = [int(found.group(1), 16) for line in code if (found := re.match(r"\s*/\*([0-9a-f]+)\*/", line))]
     widest = _width(code, "LDG")
     loads = [a for a, line in zip(at, code) if _width([line], "LDG") == widest > 0]
     atomics = [a for a, line in zip(at, code) if re.search(r"\b(RED|REDG|ATOM|ATOMG)\.", line)]

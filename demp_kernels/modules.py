@@ -47,7 +47,7 @@ class DemPActivation(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DemPActivation:
         super()._apply(fn, recurse)
-        if self.active is not None:
+        if self.active is not None and self.seen is not None:
             self.active, self.seen = fn(self.active), fn(self.seen)
         return self
 
@@ -70,6 +70,7 @@ class DemPActivation(nn.Module):
             return  # a forward inside a backward pass is activation checkpointing's recomputation: it was counted before
         if self.active is None or self.active.numel() != active.numel() or self.active.device != active.device:
             self.allocate(active.numel(), active.device)
+        assert self.active is not None and self.seen is not None
         self.active.add_(active)
         self.seen.add_(elements)
 
@@ -80,7 +81,7 @@ class DemPActivation(nn.Module):
 
     def reset_counts(self) -> None:
         """Start a new window: zero the counters, if there are any."""
-        if self.active is not None:
+        if self.active is not None and self.seen is not None:
             self.active.zero_()
             self.seen.zero_()
 
@@ -91,7 +92,7 @@ class DemPActivation(nn.Module):
 
     def dead(self) -> Tensor | None:
         """(C,) bool: units that were looked at and never active since `reset_counts`; None if nothing was counted."""
-        if self.active is None:
+        if self.active is None or self.seen is None:
             return None
         return (self.active == 0) & (self.seen > 0)
 
@@ -234,7 +235,7 @@ class SelectiveAdd(nn.Module):
         self.index, self.inverse = index, inverse
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.index is not None:
+        if self.index is not None and self.inverse is not None:
             b = functional.channel_select(b, self.index, self.inverse, self.channel_dim)
         return a.add_(b) if self.inplace and self.training else a + b
 

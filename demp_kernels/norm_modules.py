@@ -1,6 +1,8 @@
 """`DemPBatchNormAct2d`: BatchNorm2d, an optional residual, a counting activation, as one op in training."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from .modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU
 
 __all__ = ["DemPBatchNormAct2d"]
 
-_MAKERS = {
+_MAKERS: dict[str, Callable[[], DemPActivation]] = {
     "relu": DemPReLU,
     "leaky_relu": DemPLeakyReLU,
     "gelu": DemPGELU,
@@ -50,6 +52,9 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
     the global batch would.
     """
 
+    act: DemPActivation
+    add: SelectiveAdd
+
     def __init__(
         self,
         num_features: int,
@@ -68,10 +73,12 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
                 raise ValueError(
                     f"DemPBatchNormAct2d: activation must be one of {', '.join(_MAKERS)}, got {activation!r}"
                 )
-            activation = _MAKERS[activation]()
-            activation.noise_std = float(noise_std)
-        _kind(activation)
-        self.act = activation
+            act = _MAKERS[activation]()
+            act.noise_std = float(noise_std)
+        else:
+            act = activation
+        _kind(act)
+        self.act = act
         self.add = SelectiveAdd()
 
     @classmethod
@@ -106,7 +113,7 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
             y = super().forward(x)
             return self.act(y if residual is None else self.add(y, residual))
         self._check_input_dim(x)
-        if residual is not None and self.add.index is not None:
+        if residual is not None and self.add.index is not None and self.add.inverse is not None:
             residual = functional.channel_select(residual, self.add.index, self.add.inverse, self.add.channel_dim)
         activation, slope = _kind(self.act)
         y, active, mean, var = functional.norm_act(
@@ -124,7 +131,7 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
             return True
         if residual.dtype != x.dtype or residual.device != x.device or residual.dim() != x.dim():
             return False
-        channels = x.shape[1] if self.add.index is None else self.add.inverse.numel()
+        channels = x.shape[1] if self.add.inverse is None else self.add.inverse.numel()
         return residual.shape == (x.shape[0], channels, *x.shape[2:])
 
     @torch.no_grad()
@@ -134,7 +141,7 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 factor = 1.0 / float(self.num_batches_tracked)
-        if count:
+        if count and self.running_mean is not None and self.running_var is not None:
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
             self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), factor)
 

@@ -81,6 +81,7 @@ def activation_forward(
     y = _value(_wide(x), activation, slope)
     mask = x.new_empty(0, dtype=torch.uint8)
     if noise_std > 0:
+        assert seed is not None
         shape = list(x.shape)
         channels = shape.pop(channel_dim)
         xi = noise(math.prod(shape), channels, 0, seed).view(*shape, channels).movedim(-1, channel_dim)

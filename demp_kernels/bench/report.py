@@ -9,7 +9,18 @@ from rich.table import Table
 
 from ..recipes.errors import RecipeError
 from .rows import Group, Row, groups, latest
-from .sheets import LEGEND, STEP_NAMES, Sheet, case_text, goals_sheet, headline, losses, milliseconds, op_sheets, program_sheets
+from .sheets import (
+    LEGEND,
+    STEP_NAMES,
+    Sheet,
+    case_text,
+    goals_sheet,
+    headline,
+    losses,
+    milliseconds,
+    op_sheets,
+    program_sheets,
+)
 
 __all__ = ["BEGIN", "END", "all_sheets", "readme_table", "rich_table", "update_readme", "write_tables"]
 

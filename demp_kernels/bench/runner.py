@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .cases import Case, Scope, retained_graphs
+from .cases import Case, retained_graphs
 from .machine import Machine, OthersMeter
 from .rows import Row, row_of
 from .timing import Timing, measure, peak_bytes

@@ -57,17 +57,18 @@ def compact(
     """
     start = time.perf_counter()
     model, optimizers = _checked(model), as_optimizers(optimizer)
-    round_to = _width_step(model) if round_to == "auto" else round_to
-    for name, number in (("round_to", round_to), ("min_units", min_units)):
+    step = _width_step(model) if round_to == "auto" else round_to
+    for name, number in (("round_to", step), ("min_units", min_units)):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
+    assert isinstance(step, int)  # for mypy
     if dead is None:
         _require_counters(model)
     copies = _followers(followers)
     graph = graph if graph is not None else _analyse(model, example_inputs)
     analysed = time.perf_counter()
     dead = counted_dead(model, graph) if dead is None else dead
-    keep = graph.keep(dead, round_to=round_to, min_units=min_units)
+    keep = graph.keep(dead, round_to=step, min_units=min_units)
     return _carry_out(model, optimizers, copies, graph, keep, _reasons(graph, dead, keep), start, analysed)
 
 

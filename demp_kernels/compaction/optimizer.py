@@ -30,7 +30,7 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
     """One optimiser, several, or none, as a list. Raises TypeError for anything else."""
     if optimizer is None:
         return []
-    found = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    found: list[Any] = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     for one in found:
         if not isinstance(getattr(one, "state", None), dict) or not hasattr(one, "param_groups"):
             raise TypeError(

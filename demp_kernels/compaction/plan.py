@@ -74,7 +74,7 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
     if keep.atoms.all():
         return plan
     names: dict[str, dict[int, int]] = {}  # name -> dimension -> group of its axis
-    for ((name, dim), atoms), group in zip(graph.axes.items(), graph.axis_groups):
+    for (name, dim), group in zip(graph.axes, graph.axis_groups):
         names.setdefault(name, {})[dim] = group
     indices = _Indices(graph, keep)
     for name, dims in names.items():
@@ -85,6 +85,7 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
                 found = "missing" if tensor is None else f"of shape {tuple(shape)}"
                 raise ValueError(f"graph must be that of the model: it has {name} with {indices.sizes[group]} entries in "
                                  f"dimension {dim}, the model's is {found}")
+        assert tensor is not None  # looked at above
         index = {dim: indices.kept(group, tensor.device) for dim, group in dims.items() if indices.shrinks[group]}
         if index:
             plan.cuts.append(Cut(name, tensor, index))
@@ -106,6 +107,7 @@ def _add_blocks(plan: Plan, modules: dict[str, nn.Module], graph: UnitGraph, ind
         if inputs.all():
             continue
         tensor = _tensor(modules, balance.weight)
+        assert tensor is not None  # one of graph.axes
         rows = np.arange(outputs.size).reshape(outputs.shape)
         blocks = [
             (indices.tensor(rows[g][outputs[g]], tensor.device), indices.tensor(np.nonzero(inputs[g])[0], tensor.device))
@@ -165,6 +167,7 @@ def _selections(
     changes = []
     for selection in graph.selections:
         module = modules[selection.name]
+        assert isinstance(module, SelectiveAdd)
         index, channels = graph.selection_index(selection, keep.atoms)
         if index is not None:
             on = module.index.device if module.index is not None else device
@@ -177,13 +180,14 @@ def _selections(
 def _counters(
     modules: dict[str, nn.Module], graph: UnitGraph, keep: Keep
 ) -> list[tuple[DemPActivation, Tensor | None]]:
-    kept: dict[str, list[np.ndarray]] = {}
+    kept: dict[DemPActivation, list[np.ndarray]] = {}
     for a in graph.activations:
-        if isinstance(modules.get(a.module), DemPActivation):
-            kept.setdefault(a.module, []).append(keep.atoms[a.atoms])
-    counters = []
-    for path, masks in kept.items():
+        module = modules.get(a.module)
+        if isinstance(module, DemPActivation):
+            kept.setdefault(module, []).append(keep.atoms[a.atoms])
+    counters: list[tuple[DemPActivation, Tensor | None]] = []
+    for module, masks in kept.items():
         same = all(np.array_equal(mask, masks[0]) for mask in masks)
         if not all(mask.all() for mask in masks):
-            counters.append((modules[path], torch.from_numpy(np.nonzero(masks[0])[0]) if same else None))
+            counters.append((module, torch.from_numpy(np.nonzero(masks[0])[0]) if same else None))
     return counters

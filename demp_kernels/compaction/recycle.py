@@ -104,11 +104,15 @@ def _gone(kept: Tensor, size: int) -> Tensor:
     return mask.nonzero()[:, 0]
 
 
-def _regions(cut: Cut) -> tuple[list[tuple[Tensor, Tensor | None]], list[tuple[Tensor | None, Tensor]]]:
+_Region = tuple[Tensor | None, Tensor | None]
+"""Rows and columns of a tensor; None: all."""
+
+
+def _regions(cut: Cut) -> tuple[list[_Region], list[_Region]]:
     """What a cut would remove, as ((rows, all), ...) and ((rows or all, columns), ...)."""
     size = cut.tensor.shape
     if cut.blocks is None:
-        rows = [(_gone(cut.index[0], size[0]), None)] if 0 in cut.index else []
+        rows: list[_Region] = [(_gone(cut.index[0], size[0]), None)] if 0 in cut.index else []
         return rows, [(None, _gone(cut.index[1], size[1]))] if 1 in cut.index else []
     rows = [(_gone(torch.cat([rows for rows, _ in cut.blocks]), size[0]), None)]
     return rows, [(rows_, _gone(columns, size[1])) for rows_, columns in cut.blocks]

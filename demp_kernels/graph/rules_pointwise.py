@@ -207,7 +207,7 @@ def combine(b: Builder, node: fx.Node, operands: list[Value], kind: str) -> Valu
     uniform = tuple(slice(0, 1) if any(v.atoms.shape[d] == 1 for v in met) else slice(None) for d in range(len(shape)))
     atoms = met[0].atoms[uniform]
     links = [_link(v, atoms.shape) for v in met]
-    if kind == "product" and len(met) == 1 or kind == "sum" and len(operands) == 1:
+    if (kind == "product" and len(met) == 1) or (kind == "sum" and len(operands) == 1):
         return b.same(met[0], shape)
     return b.derive(shape, atoms, kind if kind == "product" or len(met) == len(operands) else "affine", links)
 

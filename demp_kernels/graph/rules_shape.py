@@ -73,7 +73,8 @@ def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        old, new = [], []
+        old: list[int] = []
+        new: list[int] = []
         size_old = size_new = 1
         while True:
             if size_old <= size_new and i < len(before) and (size_old < size_new or not old):
@@ -281,4 +282,4 @@ def pad(b: Builder, node: fx.Node) -> Value:
 @rule("_assert_tensor_metadata.default")
 def nothing(b: Builder, node: fx.Node) -> None:
     """An assertion about dtypes, not about sizes."""
-    return None
+    return

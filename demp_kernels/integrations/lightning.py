@@ -59,9 +59,11 @@ class DemPCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        assert self.demp is not None
         self.demp.penalise_gradients()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self._seen:
+            assert self.demp is not None
             self._seen = trainer.global_step
             self.demp.step()

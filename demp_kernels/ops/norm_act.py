@@ -283,8 +283,9 @@ def _backward_backward(ctx: Any, *grads: Tensor):
     """
     grad, x, weight, bias, residual, _, _, mask = ctx.saved_tensors
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (grad, x, weight, bias, residual)]
-        outputs = reference.norm_act_backward(*leaves, *reference.norm_act_statistics(leaves[1]), mask, *ctx.arguments)
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in (grad, x, weight, bias, residual)]
+        arguments = [*leaves, *reference.norm_act_statistics(leaves[1]), mask, *ctx.arguments]
+        outputs = reference.norm_act_backward(*arguments)
         pairs = [(o, g) for o, g in zip(outputs, grads) if o.requires_grad and g is not None]
         wanted = [leaf for leaf in leaves if leaf is not None]
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)

@@ -11,7 +11,6 @@ import torch
 from ..training.penalty import PENALTY_TARGETS
 from .data import DATA
 from .errors import RecipeError
-from .models import MODELS
 
 __all__ = ["DEFAULTS", "TrainSettings", "defaults_for", "resolve_device"]
 

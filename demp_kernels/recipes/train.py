@@ -9,7 +9,7 @@ import torch
 from .data import ImageData
 from .errors import RecipeError, need
 from .logs import CsvLog, TensorBoardLog, write_units
-from .loop import RunResult, Training, Watcher, read_data, warm_up
+from .loop import RunResult, Training, read_data, warm_up
 from .machine import machine_facts, prepare_machine, versions
 from .methods import Demon, Dense, Method
 from .settings import TrainSettings
@@ -43,7 +43,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     console.print(_headline(settings, data), highlight=False, soft_wrap=True)
 
     log = CsvLog(out / "metrics.csv")
-    logs = [log, TensorBoardLog(out / "tensorboard")] if settings.tensorboard else [log]
+    logs: list[CsvLog | TensorBoardLog] = [log, TensorBoardLog(out / "tensorboard")] if settings.tensorboard else [log]
     facts = {"machine": machine_facts(torch.device(settings.device)), "versions": versions()}
     methods: list[Method] = [Dense(), Demon()] if settings.baseline else [Demon()]
     runs: list[RunResult] = []

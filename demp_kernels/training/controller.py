@@ -226,7 +226,7 @@ class DemP:
             "counters": {
                 name: {"active": m.active.clone(), "seen": m.seen.clone()}
                 for name, m in activations_of(self._model).items()
-                if m.active is not None
+                if m.active is not None and m.seen is not None
             },
             "history": [
                 {"step": e.step, "live_units": dict(e.live_units), "parameters": e.parameters, "seconds": e.seconds}
@@ -248,6 +248,7 @@ class DemP:
         for name, counts in state["counters"].items():
             module = modules[name]
             module.allocate(len(counts["active"]), self._noise_seed.device)
+            assert module.active is not None and module.seen is not None
             module.active.copy_(counts["active"])
             module.seen.copy_(counts["seen"])
         self._noise_seed.copy_(state["noise_seed"])
@@ -271,9 +272,10 @@ class DemP:
     def _remove_dead(self) -> CompactionReport:
         if self.criterion == "window":
             counted = [m for m in activations_of(self._model).values() if m.active is not None]
-            sum_counters([counter for m in counted for counter in (m.active, m.seen)])
+            sum_counters([counter for m in counted for counter in (m.active, m.seen) if counter is not None])
             dead = window_dead(self._model)
         else:
+            assert self.scan_batches is not None  # __init__ insists on it
             dead = every_rank(scan_dead(self._model, self.scan_batches))
         dead = {name: mask for name, mask in dead.items() if name in self.graph.units}
         if self.on_dead == "remove":

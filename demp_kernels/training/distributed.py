@@ -4,7 +4,7 @@ Every function does nothing in a process that is not part of a group.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model
 
@@ -68,7 +68,7 @@ def forget_compiled(model: nn.Module) -> None:
         if hasattr(model, "_orig_mod"):
             torch.compiler.reset()
             return
-        model = model.module
+        model = model.get_submodule("module")
     if inner._compiled_call_impl is not None:  # module.compile()
         torch.compiler.reset()
 

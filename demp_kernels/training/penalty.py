@@ -77,7 +77,7 @@ def add_penalty_gradient(parameters: Sequence[nn.Parameter], norm: str, weight: 
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    torch._foreach_add_([p.grad for p in parameters], derivatives, alpha=weight)
+    torch._foreach_add_([p.grad for p in parameters if p.grad is not None], tuple(derivatives), alpha=weight)
 
 
 PENALTY_DERIVATIVES: dict[str, Callable[[Sequence[Tensor]], Sequence[Tensor]]] = {

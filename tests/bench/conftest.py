@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from demp_kernels.bench.machine import Machine
 from demp_kernels.bench.rows import Row, row_of
 from demp_kernels.bench.timing import Timing

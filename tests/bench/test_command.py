@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from demp_kernels.bench.report import BEGIN, END
 from demp_kernels.bench.rows import append_rows, read_rows
 from demp_kernels.cli import main

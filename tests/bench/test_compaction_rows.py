@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from demp_kernels.bench import compaction
 from demp_kernels.bench.rows import Group
 from demp_kernels.recipes.errors import RecipeError
-from torch import nn
 
 
 class Small(nn.Module):

@@ -6,13 +6,14 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from demp_kernels.bench import plots
 from demp_kernels.bench.goals import GOALS, judge
 from demp_kernels.bench.report import BEGIN, END, all_sheets, readme_table, rich_table, update_readme, write_tables
 from demp_kernels.bench.rows import Row, read_rows
 from demp_kernels.bench.sheets import headline, losses
 from demp_kernels.recipes.errors import RecipeError
-from rich.console import Console
 
 
 def verdict(rows: list[Row], words: str):

@@ -5,6 +5,7 @@ import csv
 from dataclasses import replace
 
 import pytest
+
 from demp_kernels.bench.rows import COLUMNS, Group, append_rows, groups, latest, read_rows
 from demp_kernels.recipes.errors import RecipeError
 

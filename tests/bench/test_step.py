@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from demp_kernels.bench import step
 from demp_kernels.bench.rows import Group
 from demp_kernels.bench.runner import threads

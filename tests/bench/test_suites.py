@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from demp_kernels.bench.cases import VARIANTS, Case, Scope, random, shape_for
 from demp_kernels.bench.runner import Budget, run_case, thread_counts, threads
 from demp_kernels.bench.suites import SUITES

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from demp_kernels.bench import timing
 from demp_kernels.bench.machine import Machine, OthersMeter, _largest_cache, commit, last_level_cache
 from demp_kernels.bench.timing import Timing, calls_a_block, measure, peak_bytes

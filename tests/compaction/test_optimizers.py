@@ -52,7 +52,7 @@ class ScheduleFree(torch.optim.Optimizer):
                 p.copy_(0.1 * state["z"] + 0.9 * state["x"])
 
 
-O = torch.optim
+O = torch.optim  # noqa: E741
 FOLLOWING: dict[str, Callable[[list[nn.Parameter]], O.Optimizer]] = {
     "sgd": lambda p: O.SGD(p, 1e-2),
     "sgd_nesterov": lambda p: O.SGD(p, 1e-2, momentum=0.9, nesterov=True, weight_decay=1e-3),

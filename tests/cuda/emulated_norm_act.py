@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from emulated import Emulator, guarded
 from torch import Tensor
 
 from demp_kernels.ops import norm_act as op
 from demp_kernels.ops.activation import ACTIVATIONS
-from emulated import Emulator, guarded
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of ElementType
 

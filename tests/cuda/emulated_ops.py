@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from emulated import EMULATOR, Emulator, build, guarded
+from emulated_norm_act import TYPES, EmulatedNormAct
 from torch import Tensor
 
 from demp_kernels.ops import activation as activation_op
@@ -17,8 +19,6 @@ from demp_kernels.ops import channel_select as channel_select_op
 from demp_kernels.ops import compact as compact_op
 from demp_kernels.ops import weight_noise as weight_noise_op
 from demp_kernels.ops.activation import is_dense, memory_format
-from emulated import EMULATOR, Emulator, build, guarded
-from emulated_norm_act import TYPES, EmulatedNormAct
 
 
 @dataclass

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from op_table import ACTIVATIONS, DTYPES, ROUNDING, STD, seed_tensor
 from torch import Tensor
 
 from demp_kernels import reference
-from op_table import ACTIVATIONS, DTYPES, ROUNDING, STD, seed_tensor
 
 EPS = 1e-5
 CASES: dict[str, tuple[tuple[int, ...], bool]] = {  # shape, channels_last

@@ -6,12 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from emulated import SCHEDULES
 from emulated_ops import EmulatedOps
 from norm_act_table import (  # noqa: F401
-    EPS, check_norm_act, sample, test_norm_act, test_norm_act_float64, test_norm_act_noise, test_norm_act_of_nan_counts_as_active,
-    test_norm_act_other_activations, test_norm_act_refuses, test_norm_act_statistics_far_from_zero,
+    EPS,
+    check_norm_act,
+    sample,
+    test_norm_act,
+    test_norm_act_float64,
+    test_norm_act_noise,
+    test_norm_act_of_nan_counts_as_active,
+    test_norm_act_other_activations,
+    test_norm_act_refuses,
+    test_norm_act_statistics_far_from_zero,
     test_norm_act_without_parameters,
 )
 

@@ -7,16 +7,29 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-
-from demp_kernels import reference
 from emulated import SCHEDULES
 from emulated_ops import EmulatedOps
 from op_table import (  # noqa: F401
-    CASES, SEED, STD, check_activation, sample, test_activation, test_activation_float64,
-    test_activation_noise_does_not_depend_on_layout_or_seed_sign, test_activation_refuses, test_channel_select, test_compact,
-    test_compact_over_a_long_list, test_compact_refuses, test_relu_of_infinity, test_weight_noise, test_weight_noise_over_a_long_list,
+    CASES,
+    SEED,
+    STD,
+    check_activation,
+    sample,
+    test_activation,
+    test_activation_float64,
+    test_activation_noise_does_not_depend_on_layout_or_seed_sign,
+    test_activation_refuses,
+    test_channel_select,
+    test_compact,
+    test_compact_over_a_long_list,
+    test_compact_refuses,
+    test_relu_of_infinity,
+    test_weight_noise,
+    test_weight_noise_over_a_long_list,
     test_weight_noise_refuses,
 )
+
+from demp_kernels import reference
 
 
 @pytest.fixture(scope="module")

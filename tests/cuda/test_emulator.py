@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
 from emulated import EMULATOR, SCHEDULES, EmulationError, Emulator, build, guarded
 
 NONE, DROPPED_BARRIER, WRONG_TREE, LOAD_PAST_END, MISALIGNED, DROPPED_WARP_SYNC, PLAIN_COUNT, DIVERGENT, WRONG_MASK = range(9)

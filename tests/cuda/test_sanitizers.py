@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from emulated import CXX
 
 HERE = Path(__file__).resolve().parent

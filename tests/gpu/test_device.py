@@ -8,19 +8,37 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from demp_kernels import reference
-from demp_kernels.ops import backend
 from norm_act_table import (  # noqa: F401
-    EPS, check_norm_act, sample, test_norm_act, test_norm_act_float64, test_norm_act_noise, test_norm_act_of_nan_counts_as_active,
-    test_norm_act_other_activations, test_norm_act_refuses, test_norm_act_statistics_far_from_zero,
+    EPS,
+    check_norm_act,
+    sample,
+    test_norm_act,
+    test_norm_act_float64,
+    test_norm_act_noise,
+    test_norm_act_of_nan_counts_as_active,
+    test_norm_act_other_activations,
+    test_norm_act_refuses,
+    test_norm_act_statistics_far_from_zero,
     test_norm_act_without_parameters,
 )
 from op_table import (  # noqa: F401
-    seed_tensor, test_activation, test_activation_float64, test_activation_noise_does_not_depend_on_layout_or_seed_sign,
-    test_activation_refuses, test_channel_select, test_compact, test_compact_over_a_long_list, test_compact_refuses,
-    test_relu_of_infinity, test_weight_noise, test_weight_noise_over_a_long_list, test_weight_noise_refuses,
+    seed_tensor,
+    test_activation,
+    test_activation_float64,
+    test_activation_noise_does_not_depend_on_layout_or_seed_sign,
+    test_activation_refuses,
+    test_channel_select,
+    test_compact,
+    test_compact_over_a_long_list,
+    test_compact_refuses,
+    test_relu_of_infinity,
+    test_weight_noise,
+    test_weight_noise_over_a_long_list,
+    test_weight_noise_refuses,
 )
+
+from demp_kernels import reference
+from demp_kernels.ops import backend
 
 NAMES = (
     "activation_forward", "activation_forward_", "activation_backward", "weight_noise_", "compact", "channel_select",

@@ -46,7 +46,7 @@ def test_chain_takes_blocks_of_the_flattened_layer() -> None:
         **{(f"1.{p}", 0): [1, 3] for p in ("weight", "bias", "running_mean", "running_var")},
         ("5.weight", 1): [4, 5, 6, 7, 12, 13, 14, 15],
     }
-    assert graph.gates == {name: "2" for name in ("0.weight", "0.bias", "1.weight", "1.bias")}
+    assert graph.gates == dict.fromkeys(("0.weight", "0.bias", "1.weight", "1.bias"), "2")
 
 
 class PlainAdd(nn.Module):
@@ -257,7 +257,7 @@ def test_connected_components_against_a_plain_union_find() -> None:
         pairs = torch.randint(50, (2, 40), generator=generator).numpy()
         parent = list(range(50))
 
-        def find(i: int) -> int:
+        def find(i: int, parent: list[int] = parent) -> int:
             while parent[i] != i:
                 i = parent[i]
             return i

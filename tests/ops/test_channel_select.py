@@ -46,8 +46,7 @@ def test_values_and_layouts(shape: tuple[int, ...], dim: int, dtype: torch.dtype
 
 
 def test_a_missing_channel_is_zero_whatever_the_others_hold() -> None:
-    x = torch.full((2, 3, 2, 2), float("nan"))
-    for x in layouts(x):
+    for x in layouts(torch.full((2, 3, 2, 2), float("nan"))):
         y = channel_select(x, torch.tensor([-1, 1]), torch.tensor([-1, 1, -1]), 1)
         assert torch.equal(y[:, 0], torch.zeros(2, 2, 2)) and bool(y[:, 1].isnan().all())
 

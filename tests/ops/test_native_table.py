@@ -7,15 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from op_table import (  # noqa: F401
+    ACTIVATIONS,
+    STD,
+    seed_tensor,
+    test_activation,
+    test_activation_float64,
+    test_activation_noise_does_not_depend_on_layout_or_seed_sign,
+    test_activation_refuses,
+    test_channel_select,
+    test_compact,
+    test_compact_over_a_long_list,
+    test_compact_refuses,
+    test_relu_of_infinity,
+    test_weight_noise,
+    test_weight_noise_over_a_long_list,
+    test_weight_noise_refuses,
+)
 
 from demp_kernels import reference
 from demp_kernels.ops import backend
-from op_table import (  # noqa: F401
-    ACTIVATIONS, STD, seed_tensor, test_activation, test_activation_float64,
-    test_activation_noise_does_not_depend_on_layout_or_seed_sign, test_activation_refuses, test_channel_select, test_compact,
-    test_compact_over_a_long_list, test_compact_refuses, test_relu_of_infinity, test_weight_noise, test_weight_noise_over_a_long_list,
-    test_weight_noise_refuses,
-)
 
 pytestmark = pytest.mark.skipif("_C" not in backend.loaded, reason=f"no compiled kernels: {backend.reasons.get('_C')}")
 

@@ -113,7 +113,7 @@ def test_forward_and_backward(ops: Any, shape: str, dtype: torch.dtype, activati
     for name, g, w in zip(("x", "weight", "bias", "residual"), got, wanted):
         if w.numel():
             scale = max(1.0, float(w.abs().max()))
-            torch.testing.assert_close(g.double() / scale, w / scale, rtol=4 * rounding, atol=4 * rounding, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(g.double() / scale, w / scale, rtol=4 * rounding, atol=4 * rounding, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

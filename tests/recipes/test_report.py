@@ -25,7 +25,7 @@ def made_up(name: str, *, steps: int = 40, faster: float = 1.0, live: int | None
     return RunResult(
         name, accuracy=0.8, train_seconds=4 / faster, seconds_per_step_first=0.1, seconds_per_step_last=0.1 / faster,
         steps=steps, total_steps=40, params=1000 if live is None else 250, flops=8_000_000, live=layers,
-        total={layer: 8 for layer in layers}, rows=rows, units=[(0, dict.fromkeys(layers, 8)), (steps, layers)],
+        total=dict.fromkeys(layers, 8), rows=rows, units=[(0, dict.fromkeys(layers, 8)), (steps, layers)],
     )
 
 

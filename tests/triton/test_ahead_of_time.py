@@ -9,9 +9,9 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-import triton.language as tl  # noqa: E402
 
 from demp_kernels import kernel_table  # noqa: E402
 from demp_kernels.ops.triton import activation, norm_act, weight_noise  # noqa: E402

@@ -7,15 +7,25 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from op_table import (  # noqa: F401
+    SEED,
+    test_activation,
+    test_activation_float64,
+    test_activation_noise_does_not_depend_on_layout_or_seed_sign,
+    test_activation_refuses,
+    test_channel_select,
+    test_compact,
+    test_compact_over_a_long_list,
+    test_compact_refuses,
+    test_relu_of_infinity,
+    test_weight_noise,
+    test_weight_noise_over_a_long_list,
+    test_weight_noise_refuses,
+)
 
 from demp_kernels import reference
 from demp_kernels.ops import triton as kernels
 from demp_kernels.ops.triton.noise import philox_words
-from op_table import (  # noqa: F401
-    SEED, test_activation, test_activation_float64, test_activation_noise_does_not_depend_on_layout_or_seed_sign,
-    test_activation_refuses, test_channel_select, test_compact, test_compact_over_a_long_list, test_compact_refuses,
-    test_relu_of_infinity, test_weight_noise, test_weight_noise_over_a_long_list, test_weight_noise_refuses,
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, for the NaN and overflow the table asks for
 
