@@ -4,7 +4,7 @@ The public names, all importable as `demp_kernels.<name>`:
 
     modules      DemPReLU, DemPLeakyReLU, DemPGELU, DemPSiLU, DemPBatchNormAct2d
     preparation  prepare, swap_activations, finalize
-    compaction   compact, CompactionReport, CompactionError, UnitGraph
+    compaction   compact, shrink_to, CompactionReport, CompactionError, UnitGraph
     training     DemP, save_checkpoint, load_checkpoint
     kernels      functional.relu and its like, build_info, tune_allocator
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from . import functional
 from .build_info import build_info, tune_allocator
-from .compaction import CompactionError, CompactionReport, compact
+from .compaction import CompactionError, CompactionReport, compact, shrink_to
 from .graph import PrepareError, UnitGraph, finalize, prepare, swap_activations
 from .modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
 from .norm_modules import DemPBatchNormAct2d
@@ -23,5 +23,5 @@ __all__ = [
     "CheckpointError", "CompactionError", "CompactionReport", "DemP", "DemPActivation", "DemPBatchNormAct2d", "DemPGELU",
     "DemPLeakyReLU", "DemPReLU", "DemPReport", "DemPSiLU", "PrepareError", "SelectiveAdd", "UnitGraph", "__version__",
     "build_info", "compact", "finalize", "functional", "load_checkpoint", "prepare", "save_checkpoint",
-    "swap_activations", "tune_allocator",
+    "shrink_to", "swap_activations", "tune_allocator",
 ]

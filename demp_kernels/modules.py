@@ -7,6 +7,7 @@ modules are their plain PyTorch counterparts: nothing is counted and no noise is
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +193,8 @@ class SelectiveAdd(nn.Module):
 
     While both carry the same channels it is the plain addition. Once the skip b carries other channels than the
     output, `set_selection` gives the map: out[:, c] = a[:, c] + (b[:, index[c]] if index[c] >= 0 else 0). A channel
-    that b lost was dead at its source, so adding zero is exact. No parameter, nothing in the `state_dict`.
+    that b lost was dead at its source, so adding zero is exact. No parameter, and nothing in the `state_dict` until
+    channels are removed (`keep_channels`): then `channels` is in it.
 
     Args:
         channel_dim: dimension of the channels.
@@ -201,6 +203,9 @@ class SelectiveAdd(nn.Module):
 
     index: Tensor | None
     inverse: Tensor | None
+    channels: Tensor | None
+    """(channels at first,) uint8: 1 where the sum still has the channel, plus 2 where the skip has it; None: nothing was
+    removed. A buffer, from which `shrink_to` and `load_state_dict` know the selection."""
 
     def __init__(self, channel_dim: int = 1, inplace: bool = False) -> None:
         super().__init__()
@@ -208,6 +213,7 @@ class SelectiveAdd(nn.Module):
         self.inplace = inplace
         self.register_buffer("index", None, persistent=False)
         self.register_buffer("inverse", None, persistent=False)
+        self.register_buffer("channels", None)
 
     def set_selection(self, index: Tensor | None, skip_channels: int = 0) -> None:
         """Set where each output channel is found in the skip.
@@ -233,6 +239,32 @@ class SelectiveAdd(nn.Module):
         present = index >= 0
         inverse[index[present]] = torch.arange(index.numel(), device=index.device)[present]
         self.index, self.inverse = index, inverse
+
+    def keep_channels(self, out: Tensor, skip: Tensor) -> None:
+        """Follow a removal: of the channels that the sum and the skip have, (channels,) bool each, the others are gone."""
+        if self.channels is None and self.index is not None:  # set by hand: what the channels were at first is not known
+            place = torch.where(skip, skip.cumsum(0) - 1, -1)
+            index = self.index[out]
+            self.set_selection(torch.where(index < 0, -1, place[index]), int(skip.sum()))
+            return
+        channels = torch.full_like(out, 3, dtype=torch.uint8) if self.channels is None else self.channels.clone()
+        for bit, kept in ((1, out), (2, skip)):
+            channels[(channels & bit > 0).nonzero().squeeze(1)[~kept]] -= bit
+        self.channels = channels
+        self._select(channels)
+
+    def _select(self, channels: Tensor) -> None:
+        """Set the selection that `channels` tells."""
+        out, skip = (channels.bitwise_and(bit).bool() for bit in (1, 2))
+        place = torch.where(skip, skip.cumsum(0) - 1, -1)
+        index, count = place[out], int(skip.sum())
+        plain = torch.equal(index, torch.arange(count, device=index.device))
+        self.set_selection(None if plain else index, count)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.channels is not None and f"{prefix}channels" in state_dict:
+            self._select(self.channels)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.index is not None and self.inverse is not None:

@@ -318,3 +318,20 @@ def test_bad_models_and_optimizers() -> None:
         dk.DemP(plain, optimizer, total_steps=5, example_inputs=torch.randn(1, 2))
     with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer or a list of them, got str"):
         dk.DemP(plain, "adam", total_steps=5, example_inputs=torch.randn(1, 2))  # type: ignore[arg-type]
+
+
+def test_followers_get_the_widths_of_a_checkpoint(tmp_path: Path) -> None:
+    def start() -> tuple[Any, Any, dk.DemP, Any]:
+        model, optimizer, _ = build()
+        average = torch.optim.swa_utils.AveragedModel(model)
+        return model, optimizer, dk.DemP(model, optimizer, total_steps=20, prune_every=5, followers=average), average
+
+    model, optimizer, demp, average = start()
+    silence(model, "norm1", [1, 2])
+    train(model, optimizer, demp, 5, torch.Generator().manual_seed(5))
+    average.update_parameters(model)
+    dk.save_checkpoint(tmp_path / "run.pt", model, optimizer, demp, extra={"average": average.state_dict()})
+    *run, fresh = start()
+    fresh.load_state_dict(dk.load_checkpoint(tmp_path / "run.pt", *run)["average"])
+    assert fresh.module.conv1.weight.shape[0] == 4
+    torch.testing.assert_close(dict(fresh.state_dict()), dict(average.state_dict()), rtol=0, atol=0)

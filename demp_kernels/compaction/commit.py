@@ -199,7 +199,7 @@ def _front(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def _finish(plan: Plan) -> None:
     """Selections, attributes and counters."""
     for change in plan.selections:
-        change.module.set_selection(change.index, change.skip_channels)
+        change.module.keep_channels(change.out, change.skip)
     for module, attribute, value in plan.attributes:
         setattr(module, attribute, value)
     for module, kept in plan.counters:

@@ -18,9 +18,10 @@ from .commit import commit
 from .optimizer import StateCut, as_optimizers, plan_states
 from .plan import CompactionError, Plan, make_plan
 from .report import CompactionReport
+from .saved import saved_keep
 from .validate import validate
 
-__all__ = ["apply_saved", "compact", "plan_to_dict"]
+__all__ = ["apply_saved", "as_followers", "compact"]
 
 
 def compact(
@@ -64,7 +65,7 @@ def compact(
     assert isinstance(step, int)  # for mypy
     if dead is None:
         _require_counters(model)
-    copies = _followers(followers)
+    copies = as_followers(followers)
     graph = graph if graph is not None else _analyse(model, example_inputs)
     analysed = time.perf_counter()
     dead = counted_dead(model, graph) if dead is None else dead
@@ -83,16 +84,6 @@ def counted_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
     return dead
 
 
-def plan_to_dict(graph: UnitGraph) -> dict[str, dict[str, Any]]:
-    """Which entries the compacted model still has of the one that was analysed first, as plain tensors and numbers:
-    "kept": "parameter:dimension" -> (entries,) int64 numbers, "sizes": "parameter:dimension" -> entries at first."""
-    keys = {key: f"{key[0]}:{key[1]}" for key in graph.axes}
-    return {
-        "kept": {text: torch.from_numpy(graph.axis_ids[key].copy()) for key, text in keys.items()},
-        "sizes": {text: graph.axis_sizes[key] for key, text in keys.items()},
-    }
-
-
 def apply_saved(
     model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, graph: UnitGraph, saved: Mapping[str, Any]
 ) -> CompactionReport:
@@ -106,24 +97,7 @@ def apply_saved(
     """
     start = time.perf_counter()
     model, optimizers = _checked(model), as_optimizers(optimizer)
-    keys = {f"{name}:{dim}": (name, dim) for name, dim in graph.axes}
-    if keys.keys() != saved["kept"].keys():
-        odd = sorted(keys.keys() ^ saved["kept"].keys())
-        raise ValueError(f"saved widths must be of this model: {odd[0]} is in only one of them")
-    atoms = np.ones(graph.classes, bool)
-    for text, key in keys.items():
-        if saved["sizes"][text] != graph.axis_sizes[key]:
-            raise ValueError(
-                f"saved widths must be of this model: {text} had {saved['sizes'][text]} entries, the model's has "
-                f"{graph.axis_sizes[key]}"
-            )
-        gone = ~np.isin(graph.axis_ids[key], saved["kept"][text].cpu().numpy())
-        atoms[graph.axes[key][gone]] = False
-    for text, key in keys.items():
-        left = graph.axis_ids[key][atoms[graph.axes[key]]]
-        if not np.array_equal(left, saved["kept"][text].cpu().numpy()):
-            raise ValueError(f"saved widths must be of this model: the entries of {text} do not fit its other tensors")
-    return _carry_out(model, optimizers, [], graph, Keep(atoms, {}), {}, start, start)
+    return _carry_out(model, optimizers, [], graph, saved_keep(graph, saved), {}, start, start)
 
 
 def _carry_out(
@@ -190,7 +164,7 @@ def _follow(follower: nn.Module, number: int, graph: UnitGraph, keep: Keep) -> P
         raise ValueError(f"followers[{number}] must be a copy of the model: {error}") from error
 
 
-def _followers(followers: Any) -> list[nn.Module]:
+def as_followers(followers: Any) -> list[nn.Module]:
     """Copies of the model out of what wraps them. Raises TypeError for what is no module."""
     found = [] if followers is None else [followers] if isinstance(followers, nn.Module) else list(followers)
     for one in found:

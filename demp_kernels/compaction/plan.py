@@ -40,11 +40,12 @@ class Cut:
 
 @dataclass
 class SelectionChange:
-    """A SelectiveAdd's index to be (None: plain addition) and the channels of its skip."""
+    """The channels that the sum of a SelectiveAdd and its skip keep of those that they have, (channels,) bool each."""
 
+    name: str
     module: SelectiveAdd
-    index: Tensor | None
-    skip_channels: int
+    out: Tensor
+    skip: Tensor
 
 
 @dataclass
@@ -168,12 +169,10 @@ def _selections(
     for selection in graph.selections:
         module = modules[selection.name]
         assert isinstance(module, SelectiveAdd)
-        index, channels = graph.selection_index(selection, keep.atoms)
-        if index is not None:
-            on = module.index.device if module.index is not None else device
-            changes.append(SelectionChange(module, torch.from_numpy(index).to(on), channels))
-        elif module.index is not None:
-            changes.append(SelectionChange(module, None, 0))
+        on = module.channels.device if module.channels is not None else device
+        out, skip = (keep.atoms[graph.flow.atoms(slot)] for slot in (selection.out, selection.skip))
+        if not (out.all() and skip.all()):
+            changes.append(SelectionChange(selection.name, module, *(torch.from_numpy(m).to(on) for m in (out, skip))))
     return changes
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 __all__ = ["AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "origin", "quiet_fake_tensors", "source_line"]
+
+
+TRACING = threading.RLock()
+"""Held while torch.fx or torch.export trace: both exchange functions of the whole process meanwhile."""
 
 
 class AnalysisError(ValueError):
@@ -77,7 +82,7 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], *, leaves_only: bool = Fa
     """
     rng = torch.get_rng_state()
     try:
-        with evaluation_mode(model, leaves_only=leaves_only):
+        with TRACING, evaluation_mode(model, leaves_only=leaves_only):
             # non-strict: runs the model's own Python, which captures what dynamo would refuse
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:

@@ -20,8 +20,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from ..modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
 from ..norm_modules import DemPBatchNormAct2d
+from .capture import TRACING, materialise
 from .fusion import fuse_norms, unfuse_norms
-from .tracing import PrepareError, attributes_of, trace_both_modes
+from .tracing import FLAG, PrepareError, attributes_of, trace_both_modes
 
 __all__ = ["PrepareError", "finalize", "prepare", "remembered_inputs", "swap_activations"]
 
@@ -116,7 +117,8 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: model must be an nn.Module, got {type(model).__name__}")
     inputs = _as_tuple(example_inputs)
-    graph = trace_both_modes(model)
+    with TRACING:
+        graph = trace_both_modes(model)
     prepared = fx.GraphModule(attributes_of(model, graph), graph, class_name=type(model).__name__)
     _attach_unused(model, prepared)
     _propagate_shapes(prepared, inputs)
@@ -125,9 +127,10 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
     for node in list(prepared.graph.nodes):
         _replace_addition(prepared, node)
     prepared.graph.lint()
-    prepared.meta[EXAMPLE_INPUTS] = tuple(
-        torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x for x in inputs
-    )
+    remembered = tuple(torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x for x in inputs)
+    # a deep copy of a GraphModule keeps its `meta` and no further attributes, a pickled one keeps these and no `meta`
+    prepared.meta[EXAMPLE_INPUTS] = remembered
+    setattr(prepared, EXAMPLE_INPUTS, remembered)
     for name, module in prepared.named_modules():
         original = _get_submodule_or_none(model, name)
         module.training = model.training if original is None else original.training
@@ -143,7 +146,10 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
 
 def remembered_inputs(model: nn.Module) -> tuple[Any, ...] | None:
     """The example inputs that `prepare` was given, as meta tensors; None for a model that was not prepared."""
-    return getattr(model, "meta", {}).get(EXAMPLE_INPUTS)
+    meta = getattr(model, "meta", {})
+    if EXAMPLE_INPUTS not in meta and hasattr(model, EXAMPLE_INPUTS):
+        meta[EXAMPLE_INPUTS] = getattr(model, EXAMPLE_INPUTS)
+    return meta.get(EXAMPLE_INPUTS)
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -155,8 +161,11 @@ def finalize(model: nn.Module) -> nn.Module:
     """
     plain = copy.deepcopy(model)
     if isinstance(plain, fx.GraphModule):
+        _restore_shapes(model, plain)
         plain.meta.pop(EXAMPLE_INPUTS, None)
+        plain.__dict__.pop(EXAMPLE_INPUTS, None)
         unfuse_norms(plain)
+        _inline_dropouts(plain)
         for node in list(plain.graph.nodes):
             if node.op == "call_module" and isinstance(plain.get_submodule(node.target), SelectiveAdd):
                 _inline_addition(plain, node)
@@ -171,6 +180,9 @@ def finalize(model: nn.Module) -> nn.Module:
         elif isinstance(module, SelectiveAdd):
             raise TypeError(f"finalize: {name} is a SelectiveAdd outside a prepared model; it has no plain counterpart")
     if isinstance(plain, fx.GraphModule):
+        for node in plain.graph.nodes:
+            node.type = None  # TorchScript does not know the annotations by the names that torch.fx gives them
+        plain._tracer_cls = plain.graph._tracer_cls = None  # would be pickled, as a class of this package
         plain.graph.lint()
         plain.recompile()
     return plain
@@ -335,6 +347,41 @@ def _inline_addition(model: fx.GraphModule, node: fx.Node) -> None:
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total)
     model.graph.erase_node(node)
+
+
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
+
+
+def _inline_dropouts(model: fx.GraphModule) -> None:
+    """Replace functional dropouts that ask a `TrainingFlag` by modules that have a mode of their own."""
+    flags = {node for node in model.graph.nodes if node.op == "call_module" and node.target == FLAG}
+    for node in list(model.graph.nodes):
+        if node.op != "call_function" or node.target not in _DROPOUTS or not flags & set(node.all_input_nodes):
+            continue
+        given = {**dict(zip(("input", "p", "training", "inplace"), node.args)), **node.kwargs}
+        if given.get("training") not in flags:
+            continue
+        module = _DROPOUTS[node.target](given.get("p", 0.5), bool(given.get("inplace", False)))
+        name = _free_name(model, "dropout")
+        model.add_submodule(name, module.train(model.get_submodule(FLAG).training))
+        with model.graph.inserting_before(node):
+            call = model.graph.call_module(name, (given["input"],))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        model.graph.erase_node(node)
+    for flag in flags:
+        if not flag.users:
+            model.graph.erase_node(flag)
+
+
+def _restore_shapes(model: nn.Module, plain: fx.GraphModule) -> None:
+    """Shapes of the nodes, which a pickled GraphModule loses and a selection's padding needs."""
+    inputs = remembered_inputs(model)
+    if inputs is not None and any(node.op == "call_module" and _shape(node) is None for node in plain.graph.nodes):
+        _propagate_shapes(plain, materialise(plain, inputs))
 
 
 # --- graph plumbing --------------------------------------------------------------------------------------------------

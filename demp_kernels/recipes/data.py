@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from .errors import RecipeError, need
 from .folder import SCANNED, FolderBatches, load_folder, too_few_images
+from .order import EpochOrder
 
 __all__ = ["DATA", "ImageData", "ImageTensors", "TensorBatches", "load_data"]
 
@@ -54,7 +56,8 @@ class ImageData:
 class TensorBatches:
     """Iterable over batches of tensors in memory; every pass draws a new order and new crops from its own generator.
 
-    Two instances with the same seed give the same batches, whatever else draws random numbers meanwhile.
+    Two instances with the same seed give the same batches, whatever else draws random numbers meanwhile. One that has
+    loaded the `state_dict` of another goes on with the batch behind the last one that the other gave.
 
     Args:
         images: (N, C, H, W) uint8. labels: (N,) int64. mean, std: (C,) of the pixels.
@@ -71,7 +74,7 @@ class TensorBatches:
         self.scale = (1 / std).view(-1, 1, 1)
         self.offset = (-mean / std).view(-1, 1, 1)
         self.batch_size, self.training, self.shift, self.flip, self.resize = batch_size, training, shift, flip, resize
-        self.generator = torch.Generator().manual_seed(seed)
+        self.order = EpochOrder(seed)
 
     @property
     def samples(self) -> int:
@@ -82,20 +85,30 @@ class TensorBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.images.device
-        order = torch.arange(self.samples)
-        if self.training:
-            order = torch.randperm(self.samples, generator=self.generator)
+        if not self.training:
+            for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size)):
+                yield self._pixels(images), labels
+            return
+        order = self.order.begin(lambda generator: torch.randperm(self.samples, generator=generator), len(self))
         order = order.to(device)
-        for batch in range(len(self)):
+        for batch in range(self.order.position, len(self)):
             index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            images = self.images[index]
-            yield self._pixels(self._augmented(images) if self.training else images), self.labels[index]
+            images = self._pixels(self._augmented(self.images[index]))
+            self.order.position = batch + 1
+            yield images, self.labels[index]
 
     def scan(self, count: int = SCANNED) -> Iterator[Tensor]:
         """`count` images (or all there are), fresh ones each time, not augmented, in batches."""
-        chosen = torch.randperm(self.samples, generator=self.generator)[:count].to(self.images.device)
+        chosen = torch.randperm(self.samples, generator=self.order.generator)[:count].to(self.images.device)
         for index in chosen.split(self.batch_size):
             yield self._pixels(self.images[index])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the passes over the data are, of training batches."""
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order.load_state_dict(state)
 
     def _pixels(self, images: Tensor) -> Tensor:
         images = torch.addcmul(self.offset, images.float(), self.scale)
@@ -108,10 +121,10 @@ class TensorBatches:
         if self.shift:
             padded = F.pad(images, (self.shift,) * 4)
             windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-            top, left = torch.randint(2 * self.shift + 1, (2, count), generator=self.generator).to(images.device)
+            top, left = torch.randint(2 * self.shift + 1, (2, count), generator=self.order.generator).to(images.device)
             images = windows[torch.arange(count, device=images.device), :, top, left]
         if self.flip:
-            mirrored = torch.rand(count, generator=self.generator).to(images.device) < 0.5
+            mirrored = torch.rand(count, generator=self.order.generator).to(images.device) < 0.5
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         return images
 

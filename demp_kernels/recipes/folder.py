@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset
 
 from .errors import RecipeError, need
+from .order import EpochOrder
 
 __all__ = ["SCANNED", "FolderBatches", "load_folder", "too_few_images"]
 
@@ -27,10 +28,13 @@ class FolderBatches:
 
     Args:
         loader: of training or test images. plain: for training, a loader of a random choice of them, not augmented.
+        order: of the training loader's sampler.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device, plain: DataLoader | None = None) -> None:
-        self.loader, self.device, self.plain = loader, device, plain
+    def __init__(
+        self, loader: DataLoader, device: torch.device, plain: DataLoader | None = None, order: EpochOrder | None = None
+    ) -> None:
+        self.loader, self.device, self.plain, self.order = loader, device, plain, order
         self.mean = torch.tensor(MEAN, device=device).view(-1, 1, 1)
         self.std = torch.tensor(STD, device=device).view(-1, 1, 1)
 
@@ -43,6 +47,8 @@ class FolderBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
+            if self.order is not None:
+                self.order.position += 1
             yield self._pixels(images), labels.to(self.device, non_blocking=True)
 
     def scan(self) -> Iterator[Tensor]:
@@ -50,8 +56,56 @@ class FolderBatches:
         for images, _ in self.plain:
             yield self._pixels(images)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the passes over the data are, of training batches."""
+        sampler: Any = self.plain.sampler
+        return {"order": self.order.state_dict(), "scans": sampler.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order.load_state_dict(state["order"])
+        sampler: Any = self.plain.sampler
+        sampler.generator.set_state(state["scans"])
+
     def _pixels(self, images: Tensor) -> Tensor:
         return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
+
+
+class SeededOrder(Sampler[tuple[int, int]]):
+    """Training images in the order of an `EpochOrder`, each with a seed of its own for its augmentation."""
+
+    def __init__(self, samples: int, batch_size: int, order: EpochOrder) -> None:
+        self.samples, self.batch_size, self.order = samples, batch_size, order
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        indices, seeds = self.order.begin(self._draw, self.samples // self.batch_size)
+        first = self.order.position * self.batch_size
+        yield from zip(indices[first:].tolist(), seeds[first:].tolist())
+
+    def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return torch.randperm(self.samples, generator=generator), torch.randint(2**62, (self.samples,), generator=generator)
+
+
+class SeededImages(Dataset):
+    """Images that are augmented from a seed, whichever process does it: batches depend on neither the number of workers
+    nor what a worker did before."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> Any:
+        index, seed = item
+        present = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            return self.images[index]
+        finally:
+            torch.set_rng_state(present)
 
 
 def load_folder(
@@ -76,7 +130,7 @@ def load_folder(
         raise too_few_images(len(train), batch_size)
 
     def loader(images: Dataset, stay: bool = True, **options: Any) -> DataLoader:
-        # every loader draws from a generator of its own, so that two runs of one seed see the same batches
+        # a generator of its own: a loader draws seeds for its workers, which must not move torch's global one
         return DataLoader(
             images, batch_size, num_workers=workers, persistent_workers=stay and workers > 0,
             pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(seed), **options,
@@ -84,7 +138,9 @@ def load_folder(
 
     some = RandomSampler(plain, num_samples=min(SCANNED, len(plain)), generator=torch.Generator().manual_seed(seed))
     plain_loader = loader(plain, stay=False, sampler=some)
-    training = FolderBatches(loader(train, shuffle=True, drop_last=True), device, plain_loader)
+    order = EpochOrder(seed)
+    sampler = SeededOrder(len(train), batch_size, order)
+    training = FolderBatches(loader(SeededImages(train), sampler=sampler, drop_last=True), device, plain_loader, order)
     return classes, training, FolderBatches(loader(test), device), total
 
 

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import csv
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import need
+from .errors import RecipeError, need
 from .loop import RunResult
 
 __all__ = ["COLUMNS", "CsvLog", "TensorBoardLog", "write_units"]
@@ -19,19 +20,28 @@ loss: mean of the task loss since the row before; accuracy: on the test images, 
 
 
 class CsvLog:
-    """Rows of all runs in one file, on disk as soon as they are known."""
+    """Rows of all runs in one file, on disk as soon as they are known. Raises RecipeError if they cannot be written."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("w", newline="")
         self._writer = csv.DictWriter(self._file, COLUMNS)
         self._writer.writeheader()
 
     def row(self, result: RunResult, row: dict[str, Any]) -> None:
-        self._writer.writerow({name: _short(value) for name, value in row.items()})
-        self._file.flush()
+        try:
+            self._writer.writerow({name: _short(value) for name, value in row.items()})
+            self._file.flush()
+        except OSError as error:
+            raise RecipeError(f"{self._path} cannot be written: {error.strerror}") from error
+
+    def restored(self, result: RunResult) -> None:
+        for row in result.rows:
+            self.row(result, row)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a row that could not be written is still in the buffer, and was reported
+            self._file.close()
 
 
 class TensorBoardLog:
@@ -43,14 +53,21 @@ class TensorBoardLog:
         self._writers: dict[str, Any] = {}
 
     def row(self, result: RunResult, row: dict[str, Any]) -> None:
-        if result.name not in self._writers:
-            self._writers[result.name] = self._make(str(self._folder / result.name))
-        writer = self._writers[result.name]
+        writer = self._writer(result.name)
         for name, value in row.items():
             if isinstance(value, (int, float)) and name not in ("step", "epoch"):
                 writer.add_scalar(name, value, row["step"])
         for layer, live in result.live.items():
             writer.add_scalar(f"live_units/{layer}", live, row["step"])
+
+    def restored(self, result: RunResult) -> None:
+        # what the stopped process logged behind its last checkpoint comes again: TensorBoard drops the old points
+        self._writer(result.name, purge_step=result.steps + 1)
+
+    def _writer(self, name: str, **options: Any) -> Any:
+        if name not in self._writers:
+            self._writers[name] = self._make(str(self._folder / name), **options)
+        return self._writers[name]
 
     def close(self) -> None:
         for writer in self._writers.values():

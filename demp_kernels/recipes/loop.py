@@ -4,10 +4,12 @@ from __future__ import annotations
 import itertools
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ..compaction import CompactionError
 from ..graph import PrepareError
-from ..training import save_checkpoint
+from ..training import CheckpointError, load_checkpoint, save_checkpoint
 from .data import ImageData, load_data
 from .errors import RecipeError
 from .flops import count_flops, count_parameters
@@ -66,6 +68,9 @@ class Watcher(Protocol):
 
     def row(self, result: RunResult, row: dict[str, Any]) -> None: ...
 
+    def restored(self, result: RunResult) -> None:
+        """The run goes on behind `result.rows`, which an earlier process logged."""
+
 
 class Training:
     """One run of `method`.
@@ -89,6 +94,9 @@ class Training:
         self.result = RunResult(method.name, total_steps=total_steps)
         self._every = max(1, -(-total_steps // ROWS))
         self.clock = StepClock(self.device)
+        self._task = torch.zeros((), device=self.device)
+        """Sum of the task loss since the last row, at step `_logged`."""
+        self._logged = 0
 
         began = time.perf_counter()
         example = torch.zeros(2, data.channels, data.image_size, data.image_size, device=self.device)
@@ -109,41 +117,40 @@ class Training:
 
     # --- running ---
 
-    def run(self) -> RunResult:
-        """Train to the end. Ctrl-C stops it after the step that is running, with KeyboardInterrupt."""
+    def run(self, checkpoint: Path | None = None) -> RunResult:
+        """Train to the end. Ctrl-C or SIGTERM stops it after the step that is running, with KeyboardInterrupt.
+
+        checkpoint: is written every `save_every` steps (by default once an epoch), after a stop, and at the end.
+        Raises RecipeError if it cannot be written.
+        """
         with _stop_between_steps() as stop:
-            for _ in range(self.settings.epochs):
-                self._epoch(stop)
+            while not self.result.finished:
+                self._epoch(checkpoint, stop)
         return self.result
 
-    def save(self, path: Any) -> None:
-        """A checkpoint: weights, widths, optimiser and, for DemP, the controller."""
-        extra = {"settings": self.settings.as_json(), "steps": self.result.steps}
-        save_checkpoint(path, self.model, self.optimizer, self.method.controller, extra=extra)
-
-    def _epoch(self, stop: list[bool]) -> None:
+    def _epoch(self, checkpoint: Path | None, stop: list[bool]) -> None:
         result, clock = self.result, self.clock
         self.model.train()
-        task = torch.zeros((), device=self.device)
-        last = logged = result.steps
-        last += len(self.data.train)
+        last = (result.steps // len(self.data.train) + 1) * len(self.data.train)
+        save_every = self.settings.save_every or len(self.data.train)
         batches = iter(self.data.train)
         while result.steps < last:
             clock.start()
             loss, changed = self._step(*next(batches))
-            task += loss
+            self._task += loss
             clock.stop()
             result.steps += 1
             result.train_flops += 3 * result.flops * self.settings.batch_size
             if changed:
                 self._measure_model()
             at_end = result.steps == last
-            if at_end or stop or result.steps % self._every == 0:
-                accuracy = self.evaluate() if at_end else None
-                self._log(task.item() / (result.steps - logged), result.steps - logged, accuracy)
-                task.zero_()
-                logged = result.steps
+            if at_end or result.steps % self._every == 0:
+                self._log(self.evaluate() if at_end else None)
+            if checkpoint is not None and (stop or result.finished or result.steps % save_every == 0):
+                self.save(checkpoint)
             if stop:
+                if self._logged < result.steps:
+                    self._log(None)  # for the report; not in the checkpoint, so that a resumed run has no row too many
                 raise KeyboardInterrupt
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
@@ -179,8 +186,52 @@ class Training:
 
     # --- bookkeeping ---
 
-    def _log(self, loss: float, steps: int, accuracy: float | None) -> None:
+    def save(self, path: Path) -> None:
+        """A checkpoint from which `load` goes on bit for bit. Raises RecipeError if it cannot be written."""
+        self.clock.flush()
+        training = {
+            "result": asdict(self.result),
+            "seconds": torch.tensor(self.clock.seconds, dtype=torch.float64),
+            "task": self._task,
+            "logged": self._logged,
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "data": self.data.train.state_dict(),
+            "threads": torch.get_num_threads(),
+        }
+        extra = {"settings": self.settings.as_json(), "steps": self.result.steps, "training": training}
+        try:
+            save_checkpoint(path, self.model, self.optimizer, self.method.controller, extra=extra)
+        except OSError as error:
+            raise RecipeError(f"{path}: {error.strerror}") from error
+
+    def load(self, path: Path) -> int:
+        """Go on from a checkpoint of the same run. Returns the threads that it was made with: with another number the
+        last bits differ. Raises RecipeError if it is damaged or of another run; this object is of no use then."""
+        try:
+            extra = load_checkpoint(path, self.model, self.optimizer, self.method.controller)
+            saved = extra["training"]
+            result = RunResult(**saved["result"])
+            if (result.name, result.total_steps) != (self.result.name, self.result.total_steps):
+                raise CheckpointError(f"{path} is of a run {result.name} of {result.total_steps} steps")
+            self.result = result
+            self.clock.seconds = saved["seconds"].tolist()
+            self._task, self._logged = saved["task"].to(self.device), saved["logged"]
+            self.schedule.load_state_dict(saved["schedule"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.data.train.load_state_dict(saved["data"])
+        except (CheckpointError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise RecipeError(f"out cannot be resumed: {' '.join(str(error).split())}") from error
+        for watcher in self.watchers:
+            watcher.restored(result)
+        return saved["threads"]
+
+    def _log(self, accuracy: float | None) -> None:
         result = self.result
+        steps = result.steps - self._logged
+        loss = self._task.item() / steps
+        self._task.zero_()
+        self._logged = result.steps
         if not math.isfinite(loss):
             raise RecipeError(f"the loss of {result.name} is {loss} at step {result.steps}: try a lower lr")
         self.clock.flush()
@@ -269,8 +320,8 @@ def wants_channels_last(settings: TrainSettings, model: nn.Module) -> bool:
 
 @contextmanager
 def _stop_between_steps() -> Iterator[list[bool]]:
-    """Yields a list that becomes non-empty at the first Ctrl-C, so that no step is cut in half; the second one
-    interrupts at once. Outside the main thread signals are left alone."""
+    """Yields a list that becomes non-empty at the first Ctrl-C or SIGTERM, so that no step is cut in half; the second
+    one interrupts at once. Outside the main thread signals are left alone."""
     asked: list[bool] = []
 
     def on_signal(number: int, frame: Any) -> None:
@@ -278,12 +329,12 @@ def _stop_between_steps() -> Iterator[list[bool]]:
             raise KeyboardInterrupt
         asked.append(True)
 
-    try:
-        before = signal.signal(signal.SIGINT, on_signal)
-    except ValueError:
+    if threading.current_thread() is not threading.main_thread():
         yield asked
         return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

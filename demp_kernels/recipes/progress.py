@@ -49,6 +49,11 @@ class ProgressDisplay:
             self._console.print(line, highlight=False, soft_wrap=True)
 
 
+    def restored(self, result: RunResult) -> None:
+        where = "was finished" if result.finished else f"goes on behind step {result.steps} of {result.total_steps}"
+        self._console.print(f"{result.name} {where}", highlight=False)
+
+
 def duration(seconds: float) -> str:
     """Three digits with a unit: 123 ms, 1.23 s."""
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -62,6 +62,7 @@ class TrainSettings:
     baseline: bool = True
     tensorboard: bool = False
     workers: int = 2
+    save_every: int | None = None
     out: Path = Path("demp-run")
 
     def resolved(self) -> TrainSettings:
@@ -78,7 +79,7 @@ class TrainSettings:
         return filled
 
     def _check(self) -> None:
-        for name in ("width", "image_size", "train_size", "epochs", "batch_size", "prune_every", "round_to", "threads"):
+        for name in ("width", "image_size", "train_size", "epochs", "batch_size", "prune_every", "round_to", "threads", "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{_flag(name)} must be at least 1, got {value}")

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,18 +12,25 @@ from .logs import CsvLog, TensorBoardLog, write_units
 from .loop import RunResult, Training, read_data, warm_up
 from .machine import machine_facts, prepare_machine, versions
 from .methods import Demon, Dense, Method
+from .resume import begin_run, begun_settings, check_same_run
 from .settings import TrainSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["CHECKPOINTS", "train"]
 
 CHECKPOINTS = {"dense": "checkpoint-dense.pt", "demp": "checkpoint.pt"}
 
 
-def train(settings: TrainSettings) -> dict[str, Any]:
+def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     """Train as `settings` say and write metrics.csv, units.csv, summary.json, report.html and checkpoints into `out`.
 
+    resume: go on with the run that `out` holds, killed at whatever moment, from its checkpoints: with the same number of
+        threads its weights end bit for bit as if it had never been stopped. Without one there, begin.
+
     Returns what summary.json holds. After Ctrl-C the same files say what was known, `interrupted` is true, and
-    KeyboardInterrupt goes on. Raises RecipeError, in one line, for what cannot be trained.
+    KeyboardInterrupt goes on. Raises RecipeError, in one line, for what cannot be trained, or resumed with other settings.
     """
     # found missing now rather than when hours of training are to be written down
     for module in ("rich", "matplotlib"):
@@ -34,6 +41,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     from .progress import ProgressDisplay
 
     settings = settings.resolved()
+    begun = begun_settings(settings.out) if resume else None
+    if begun is not None:
+        check_same_run(settings, begun)
     prepare_machine(torch.device(settings.device), settings.threads)
     torch.manual_seed(settings.seed)
     data = read_data(settings)
@@ -41,6 +51,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     out = _folder(settings.out)
     console = Console()
     console.print(_headline(settings, data), highlight=False, soft_wrap=True)
+    checkpoints = {name: out / file for name, file in CHECKPOINTS.items()}
+    if begun is None:
+        begin_run(settings, list(checkpoints.values()), resume)
 
     log = CsvLog(out / "metrics.csv")
     logs: list[CsvLog | TensorBoardLog] = [log, TensorBoardLog(out / "tensorboard")] if settings.tensorboard else [log]
@@ -52,17 +65,19 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         with ProgressDisplay(console) as progress:
             for method in methods:
                 training = Training(settings, method, read_data(settings), [*logs, progress])
+                if checkpoints[method.name].is_file():
+                    _note_threads(console, training.load(checkpoints[method.name]))
                 runs.append(training.result)
-                try:
-                    training.run()
-                finally:
-                    training.save(out / CHECKPOINTS[method.name])
+                training.run(checkpoints[method.name])
     except KeyboardInterrupt as error:
         stopped = error
     finally:
         for each in logs:
             each.close()
 
+    runs = [run for run in runs if run.rows]
+    if stopped is not None and not runs:
+        raise stopped
     files = ["metrics.csv", "summary.json"]
     for run in runs:
         if run.total:
@@ -75,6 +90,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     console.print(report.terminal_table(content))
     console.print(f"{'stopped; ' if stopped else ''}written to {out}: report.html, {', '.join(files)}", soft_wrap=True)
     if stopped is not None:
+        console.print(f"demp train --resume --out {settings.out} goes on with it", highlight=False, soft_wrap=True)
         raise stopped
     return content
 
@@ -85,6 +101,12 @@ def _folder(out: Path) -> Path:
     except OSError as error:
         raise RecipeError(f"out cannot be made: {out}: {error.strerror}") from error
     return out
+
+
+def _note_threads(console: Console, threads: int) -> None:
+    if threads != torch.get_num_threads():
+        now = torch.get_num_threads()
+        console.print(f"note: made with {threads} threads, goes on with {now}: sums round differently", highlight=False)
 
 
 def _headline(settings: TrainSettings, data: ImageData) -> str:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Container
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..training.penalty import PENALTY_TARGETS
 from .data import DATA
 from .models import MODELS
 from .recipe_files import read_recipe, recipe_summaries
+from .resume import begun_settings
 from .settings import AMP, CRITERIA, DEFAULTS, LR_SCHEDULES, OPTIMIZERS, WARM_UP, TrainSettings
 from .train import train
 
@@ -73,6 +74,9 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("output", {
         "--out": {"type": Path, "help": "folder for the results (default: demp-run)"},
         "--tensorboard": {"action": "store_true", "help": "log into DIR/tensorboard as well"},
+        "--save-every": {"type": int, "help": "write a checkpoint every N steps (default: once an epoch)"},
+        "--resume": {"action": "store_true", "help":
+            "go on where the run in --out stopped, with its settings; without it the files there are overwritten"},
     }),
 ]
 METAVARS = {int: "N", float: "X", Path: "DIR"}
@@ -98,16 +102,24 @@ def add_flags(parser: argparse.ArgumentParser, without: Container[str] = ()) -> 
 
 
 def _run(chosen: argparse.Namespace) -> None:
-    train(settings_from(chosen))
+    given = given_settings(chosen)
+    resume = "resume" in chosen
+    begun = begun_settings(given.get("out", TrainSettings().out)) if resume else None
+    train(TrainSettings(**given) if begun is None else replace(begun, **given), resume=resume)
 
 
 def settings_from(chosen: argparse.Namespace) -> TrainSettings:
     """The recipe's settings, with those of the flags over them."""
+    return TrainSettings(**given_settings(chosen))
+
+
+def given_settings(chosen: argparse.Namespace) -> dict[str, Any]:
+    """What the recipe and the flags say, and nothing by default."""
     names = {field.name for field in fields(TrainSettings)}
     flags = {name: value for name, value in vars(chosen).items() if name in names}
     if "lr_drops" in flags:
         flags["lr_drops"] = tuple(flags["lr_drops"])
-    return TrainSettings(**{**(read_recipe(chosen.recipe) if "recipe" in chosen else {}), **flags})
+    return {**(read_recipe(chosen.recipe) if "recipe" in chosen else {}), **flags}
 
 
 def _epilog() -> str:

@@ -2,81 +2,63 @@
 from __future__ import annotations
 
 import os
-import pickle
-import tempfile
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..compaction import apply_saved, plan_to_dict
+from ..compaction import plan_to_dict
+from ..compaction.entry import as_followers
+from ..compaction.optimizer import as_optimizers, plan_states
+from ..compaction.saved import Restoration, saved_keep
+from ..compaction.state_checks import check_model_state, check_optimizer_states, entry
 from ..graph import UnitGraph, remembered_inputs
+from .checkpoint_file import CheckpointError, read_file, write_file
 from .controller import DemP
+from .distributed import unwrap
+from .random_state import check_random_state, random_state, restore_random_state
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
-
-FORMAT = "demp_kernels checkpoint"
-VERSION = 1
-
-
-class CheckpointError(RuntimeError):
-    """The file is damaged, foreign, or belongs to another model. Nothing was changed."""
 
 
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     demp: DemP | None = None,
     *,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write widths, weights, optimiser, controller and torch's random state to `path`.
+    """Write widths, weights, optimisers, controller and the random states (torch, CUDA, numpy, Python) to `path`.
 
-    The file appears whole or not at all: it is written beside its final name, flushed to the disk and renamed.
+    The file appears whole or not at all: it is written beside its final name, flushed to the disk and renamed. What a
+    killed process left of an earlier save is removed.
 
     Args:
-        model: the (compacted) model.
+        model: the (compacted) model, wrapped or not.
         optimizer, demp: saved when given. The widths come from `demp`; without it the model is saved as it is and
             loads into a model of the same widths only.
         extra: plain values and tensors of the caller's own, returned by `load_checkpoint`.
+
+    Raises OSError if the file cannot be written (disk full, no permission): what was at `path` before is unchanged.
     """
-    path = Path(path)
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
+    write_file(Path(path), {
         "units": plan_to_dict(demp.graph) if demp is not None else None,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict() if optimizer is not None else None,
+        "model": unwrap(model).state_dict(),
+        "optimizers": [one.state_dict() for one in as_optimizers(optimizer)],
         "demp": demp.state_dict() if demp is not None else None,
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "rng": random_state(),
         "extra": extra or {},
-    }
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    })
 
 
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     demp: DemP | None = None,
     *,
     example_inputs: Any = None,
@@ -84,51 +66,71 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Bring a freshly built dense `model` (and optimiser, and controller) to the state that was saved.
 
+    Everything is checked before the first change: a file that does not fit leaves all as it was.
+
     Args:
         path: a file from `save_checkpoint`. It is read with `weights_only=True`: no code in it ever runs.
         model: built as the saved one was at its start: same class, same `prepare`.
-        optimizer, demp: filled when given and saved.
+        optimizer, demp: filled when given and saved. Copies that follow (`DemP(followers=...)`) get the widths; their
+            values are the caller's, for example in `extra`.
         example_inputs: for the analysis of a model that was not made by `prepare`, when `demp` is not given.
+        restore_rng: continue the random generators, too.
 
     Returns: the `extra` that was saved.
     Raises: FileNotFoundError; CheckpointError for a damaged or foreign file or one of another model.
     """
-    content = _read(Path(path))
+    content = read_file(Path(path))
+    model, optimizers = unwrap(model), as_optimizers(optimizer)
     graph = demp.graph if demp is not None else None
-    if content["units"] is not None:
-        if graph is None:
-            inputs = remembered_inputs(model) if example_inputs is None else example_inputs
-            if inputs is None:
-                raise ValueError("example_inputs is required for a model that was not made by prepare(), got None")
-            graph = UnitGraph.trace(model, inputs)
-        try:
-            apply_saved(model, optimizer, graph, content["units"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    if graph is None and content.get("units") is not None:
+        inputs = remembered_inputs(model) if example_inputs is None else example_inputs
+        if inputs is None:
+            raise ValueError("example_inputs is required for a model that was not made by prepare(), got None")
+        graph = UnitGraph.trace(model, inputs)
     try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
+        restoration = _checked(content, model, optimizers, demp, graph)
+        if restoration is not None:
+            # states that are about to be replaced need not shrink
+            kept = [] if content["optimizers"] else optimizers
+            states = plan_states(kept, restoration.plan.cuts)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    if optimizer is not None and content["optimizer"] is not None:
-        optimizer.load_state_dict(content["optimizer"])
+
+    if restoration is not None:
+        restoration.carry_out(states)
+    model.load_state_dict(content["model"])
+    for one, state in zip(optimizers, content["optimizers"]):
+        one.load_state_dict(state)
+        _align_moments(one)
     if demp is not None and content["demp"] is not None:
         demp.load_state_dict(content["demp"])
     if restore_rng:
-        torch.set_rng_state(content["rng"])
-        if torch.cuda.is_available() and len(content["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(content["cuda_rng"])
+        restore_random_state(content["rng"])
     return content["extra"]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a {FORMAT}")
-    if content["version"] > VERSION:
-        raise CheckpointError(f"{path} is of version {content['version']}, this package reads up to {VERSION}")
-    return content
+def _checked(
+    content: dict[str, Any], model: nn.Module, optimizers: list[Optimizer], demp: DemP | None, graph: UnitGraph | None
+) -> Restoration | None:
+    """How the model gets its widths, or None if the file tells none. Raises an error if any part does not fit."""
+    optional = (dict, type(None))
+    units, state = entry(content, "units", optional), entry(content, "demp", optional)
+    entry(content, "extra", dict)
+    followers = as_followers(demp.followers if demp is not None else None)
+    restoration = None if graph is None or units is None else Restoration(model, graph, saved_keep(graph, units), followers)
+    shape = (lambda tensor: tuple(tensor.shape)) if restoration is None else restoration.shape
+    check_model_state(model, content.get("model"), shape, {} if restoration is None else restoration.selections)
+    check_optimizer_states(optimizers, content.get("optimizers"), shape)
+    if demp is not None and state is not None:
+        demp.check_state_dict(state, demp.live_units if restoration is None else restoration.units)
+    check_random_state(content.get("rng"))
+    return restoration
+
+
+def _align_moments(optimizer: Optimizer) -> None:
+    """Give state of a parameter's shape the parameter's strides: fused optimisers walk both as they lie in memory, so that
+    moments saved from another memory format would meet the wrong weights."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

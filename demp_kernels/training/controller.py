@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compaction import CompactionReport, compact, recycle
+from ..compaction.state_checks import entry
 from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
 from .distributed import any_rank, every_rank, forget_compiled, from_first_rank, rebuild_wrapper, sum_counters, unwrap
@@ -92,6 +93,9 @@ class DemP:
         on_dead: "remove"; "recycle": give dead units a new start instead (ReDo, see `compaction.recycle`), for training that
             goes on with other data; or "report": say how many there are and change nothing.
         seed: of the weight noise; by default drawn from torch's generator.
+
+    Networks may train in several threads. Make their `DemP`s before the threads start: torch exchanges functions of the
+    whole process while it traces, so that a step beside an analysis may round differently.
 
     Raises ValueError or TypeError that names the argument, what is required and what it got.
 
@@ -237,14 +241,8 @@ class DemP:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`. The model must have the widths of that moment already (`load_checkpoint` sees to
         it). Raises ValueError, with nothing changed, if the state belongs to another model or run length."""
-        if state["total_units"] != self.total_units:
-            raise ValueError("DemP state belongs to another model: its activations or their sizes differ")
-        if state["total_steps"] != self.total_steps:
-            raise ValueError(f"total_steps must be that of the saved run, {state['total_steps']}, got {self.total_steps}")
+        self.check_state_dict(state, self.live_units)
         modules = activations_of(self._model)
-        for name, counts in state["counters"].items():
-            if len(counts["active"]) != self.graph.units.get(name, len(counts["active"])):
-                raise ValueError(f"DemP state has {len(counts['active'])} units for {name}, the model {self.graph.units[name]}")
         for name, counts in state["counters"].items():
             module = modules[name]
             module.allocate(len(counts["active"]), self._noise_seed.device)
@@ -257,6 +255,32 @@ class DemP:
         # what the last saved step saw is part of the window already
         self._liveness.restart()
         self._liveness.take()
+
+    def check_state_dict(self, state: dict[str, Any], units: dict[str, int]) -> None:
+        """Raises ValueError if `state` cannot be loaded once the model has these `units`: it is no `state_dict()`, or one
+        of another model or run length."""
+        where = "DemP state"
+        if entry(state, "total_units", dict, where) != self.total_units:
+            raise ValueError("DemP state belongs to another model: its activations or their sizes differ")
+        if (total := entry(state, "total_steps", int, where)) != self.total_steps:
+            raise ValueError(f"total_steps must be that of the saved run, {total}, got {self.total_steps}")
+        if not 0 <= (done := entry(state, "steps_done", int, where)) <= total:
+            raise ValueError(f"steps_done must be between 0 and {total}, got {done}")
+        seed = entry(state, "noise_seed", Tensor, where)
+        if seed.shape != self._noise_seed.shape or seed.dtype != torch.int64:
+            raise ValueError(f"noise_seed must be one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
+        modules = activations_of(self._model)
+        for name, counts in entry(state, "counters", dict, where).items():
+            active, seen = (entry(counts, key, Tensor, f"DemP state of {name}") for key in ("active", "seen"))
+            if name not in modules or active.dim() != 1 or seen.dim() != 0 or {active.dtype, seen.dtype} != {torch.int64}:
+                raise ValueError(f"counters must be int64 tensors of activations of the model, got other ones for {name!r}")
+            if len(active) != units.get(name, len(active)):
+                raise ValueError(f"DemP state has {len(active)} units for {name}, the model {units[name]}")
+        for event in entry(state, "history", list, where):
+            for key, kind in (("step", int), ("live_units", dict), ("parameters", int), ("seconds", float)):
+                entry(event, key, kind, "an event of DemP's history")
+            if not 0 <= event["step"] <= done:
+                raise ValueError(f"an event of DemP's history must be of a step between 0 and {done}, got {event['step']}")
 
     # --- the two halves of a step ---
 

@@ -1,0 +1,1 @@
+"""What the package says of its own reliability, measured where it is installed."""
