@@ -27,6 +27,8 @@ def test_a_removal_a_step_never_ends_compilation(way: str) -> None:
     removals = torch._dynamo.config.recompile_limit + 2
     demp = dk.DemP(compiled, optimizer, total_steps=100, peak_penalty=0.0, peak_noise=0.0, prune_every=1)
     layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    with torch.no_grad():
+        layer.bias.fill_(100.0)  # no unit is dead by chance
     for removed in range(1, removals + 1):
         with torch.no_grad():
             layer.bias[0] = -1e6  # the first unit is dead from now on
