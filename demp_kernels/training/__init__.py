@@ -3,8 +3,9 @@ from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .controller import DemP, DemPEvent, DemPReport
 from .penalty import PENALTY_NORMS, PENALTY_TARGETS
 from .schedule import SCHEDULES
+from .sharded import load_sharded, save_sharded
 
 __all__ = [
     "CheckpointError", "DemP", "DemPEvent", "DemPReport", "PENALTY_NORMS", "PENALTY_TARGETS", "SCHEDULES",
-    "load_checkpoint", "save_checkpoint",
+    "load_checkpoint", "load_sharded", "save_checkpoint", "save_sharded",
 ]

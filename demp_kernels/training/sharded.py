@@ -1,0 +1,87 @@
+"""Checkpoints of sharded runs through torch.distributed.checkpoint (DCP): every rank writes its share of the tensors."""
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from ..compaction import plan_to_dict
+from ..compaction.optimizer import as_optimizers, plan_states
+from ..compaction.saved import Restoration, saved_keep
+from ..compaction.state_checks import entry
+from .checkpoint_file import CheckpointError, read_file, write_file
+from .controller import DemP
+from .distributed import rebuild_wrapper, unwrap
+
+__all__ = ["load_sharded", "save_sharded"]
+
+WIDTHS = "demp.pt"
+"""Beside DCP's files: widths, controller and `extra`. Written last, so that a folder without it is no checkpoint."""
+
+
+def save_sharded(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    demp: DemP,
+    *,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write model and optimisers by DCP, and widths, controller and `extra` by rank 0, into an empty or new `folder`.
+
+    Called by every rank. The model may be wrapped (DistributedDataParallel): every tensor is written once, by one rank.
+    """
+    # imported here: not every build of torch has it
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(unwrap(model), as_optimizers(optimizer))
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    if _rank() == 0:
+        write_file(Path(folder) / WIDTHS, {
+            "units": plan_to_dict(demp.graph), "demp": demp.state_dict(), "extra": extra or {},
+        })
+    _wait()
+
+
+def load_sharded(
+    folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], demp: DemP
+) -> dict[str, Any]:
+    """Bring a freshly built dense model, its optimisers and its controller to the saved state, on any number of ranks.
+
+    Called by every rank. Returns the `extra` that was saved. Raises CheckpointError, with nothing changed, if the widths
+    do not fit the model. DCP's own files hold pickles: load only folders that you trust.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    path, inner, optimizers = Path(folder) / WIDTHS, unwrap(model), as_optimizers(optimizer)
+    content = read_file(path)
+    try:
+        restoration = Restoration(inner, demp.graph, saved_keep(demp.graph, entry(content, "units", dict)))
+        demp.check_state_dict(entry(content, "demp", dict), restoration.units)
+        states = plan_states(optimizers, restoration.plan.cuts)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit {type(inner).__name__}: {error}") from error
+    restoration.carry_out(states)
+    rebuild_wrapper(model)
+    weights, moments = get_state_dict(inner, optimizers)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(inner, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    demp.load_state_dict(content["demp"])
+    return entry(content, "extra", dict)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _wait() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
