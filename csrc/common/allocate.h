@@ -15,7 +15,8 @@ namespace demp {
 inline Tensor new_tensor(std::int64_t dims, const std::int64_t* sizes, const std::int64_t* strides, ScalarType type) {
   AtenTensorHandle made;
   const std::int32_t dtype = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  // torch 2.11 does not have STABLE_TORCH_ERROR_CODE_CHECK yet
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
