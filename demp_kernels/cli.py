@@ -17,6 +17,7 @@ __all__ = ["main"]
 COMMANDS = {
     "train": (".recipes.train_command", "train with DemP, beside a dense baseline"),
     "compare": (".recipes.compare_command", "compare DemP with other structured pruning methods"),
+    "coverage": (".bench.coverage_command", "which models can be compacted, and how exactly"),
     "bench": (".bench.command", "measure the kernels beside PyTorch and a copy"),
 }
 """Name -> (module, what it does). A module is imported when its command is called: its dependencies are optional."""
