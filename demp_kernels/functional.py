@@ -9,7 +9,7 @@
     seed: of the noise; an int, a (1,) int64 tensor on x's device, or None: drawn from torch's generator of that device,
         so that `torch.manual_seed` decides it and activation checkpointing draws the same noise again.
 
-Each raises ValueError for a wrong argument. `relu_` and `leaky_relu_` write over x and return it.
+Each raises ValueError for a wrong argument, TypeError for one of a wrong kind. `relu_` and `leaky_relu_` write over x and return it.
 """
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .arguments import require_integer, require_number, require_tensor
 from .ops import activation as _activation
 from .ops import channel_select as _channel_select
 from .ops import norm_act as _norm_act
@@ -105,13 +106,13 @@ def norm_act(
     Returns y, active (C,) int64, mean (C,), var (C,) in float32 (float64 for float64). mean and var carry no gradient.
     residual: x's shape and dtype. Raises ValueError for a wrong argument; see `ops.norm_act`.
     """
-    if not _activation.is_dense(x):
-        x = x.contiguous()
-    if residual is not None and residual.shape == x.shape and not _activation.same_order(residual, x):
-        residual = residual.contiguous(memory_format=_activation.memory_format(x))
-    seed = _seed(seed, x.device) if noise_std > 0 else None
-    arguments = (x, weight, bias, residual, activation, slope, eps, noise_std, seed)
     try:
+        if not _activation.is_dense(x):
+            x = x.contiguous()
+        if residual is not None and residual.shape == x.shape and not _activation.same_order(residual, x):
+            residual = residual.contiguous(memory_format=_activation.memory_format(x))
+        seed = _seed(seed, x.device) if noise_std > 0 else None
+        arguments = (x, weight, bias, residual, activation, slope, eps, noise_std, seed)
         if _is_traced():
             y, active, mean, var, _ = _norm_act.forward(*arguments)
         elif _is_followed(x, weight, bias, residual):
@@ -119,8 +120,11 @@ def norm_act(
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 y, active, mean, var, _ = _norm_act.forward(*arguments)
-    except RuntimeError:
-        _norm_act.check_forward(*arguments)
+    except _WRONG:
+        tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+        _check_kinds("norm_act", {"x": x, **{name: t for name, t in tensors.items() if t is not None}},
+                     slope=slope, eps=eps, noise_std=noise_std)
+        _norm_act.check_forward(x, weight, bias, residual, activation, slope, eps, noise_std, _checked_seed("norm_act", seed, x))
         raise
     return y, active, mean, var
 
@@ -140,12 +144,16 @@ def weight_noise_(
     if not tensors:
         return
     live = [None] * len(tensors) if live is None else list(live)
-    seed = _seed(seed, tensors[0].device)
     try:
+        seed = _seed(seed, tensors[0].device)
         with torch.no_grad():
             _weight_noise.weight_noise_(tensors, live, std, seed)
-    except RuntimeError:
-        _weight_noise.check(tensors, live, std, seed)
+    except _WRONG:
+        _check_kinds("weight_noise_", {f"tensors[{i}]": t for i, t in enumerate(tensors)}, std=std)
+        _check_kinds("weight_noise_", {f"live[{i}]": t for i, t in enumerate(live) if t is not None})
+        checked = _checked_seed("weight_noise_", seed, tensors[0])
+        if checked is not None:
+            _weight_noise.check(tensors, live, std, checked)
         raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)  # so that autograd notices, as for every in-place operation
@@ -155,7 +163,9 @@ def channel_select(x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int =
     """y[:, c] = x[:, index[c]] where index[c] >= 0, else 0; `inverse` is the inverse map of `index`, for the gradient."""
     try:
         return _channel_select.channel_select(x, index, inverse, channel_dim)
-    except RuntimeError:
+    except _WRONG:
+        _check_kinds("channel_select", {"x": x, "index": index, "inverse": inverse})
+        require_integer("channel_select: channel_dim", channel_dim)
         _channel_select.check(x, index, inverse, channel_dim)
         raise
 
@@ -163,10 +173,10 @@ def channel_select(x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int =
 def _forward(
     x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if not x.is_contiguous() and not _activation.is_usable(x, channel_dim):
-        x = x.contiguous()
-    seed = _seed(seed, x.device) if noise_std > 0 else None
     try:
+        if not x.is_contiguous() and not _activation.is_usable(x, channel_dim):
+            x = x.contiguous()
+        seed = _seed(seed, x.device) if noise_std > 0 else None
         if _is_traced():
             y, active, _ = _activation.forward(x, activation, slope, channel_dim, noise_std, seed)
             return y, active
@@ -175,8 +185,9 @@ def _forward(
                 y, active, _ = _activation.forward(x, activation, slope, channel_dim, noise_std, seed)
             return y, active
         return _activation.Forward.apply(x, activation, slope, channel_dim, noise_std, seed)
-    except RuntimeError:
+    except _WRONG:
         # The compiled kernels check as `check_forward` does and know no ValueError: raise it here, off the hot path.
+        seed = _check_activation(x, slope, channel_dim, noise_std, seed)
         _activation.check_forward(x, activation, slope, channel_dim, noise_std, seed)
         raise
 
@@ -184,18 +195,46 @@ def _forward(
 def _forward_(
     x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    followed = x.requires_grad and torch.is_grad_enabled()
-    if _is_traced() or (x._is_view() and followed) or not (x.is_contiguous() or _activation.is_usable(x, channel_dim)):
-        # The compiler plans memory itself; autograd lets no function with two outputs write over a view; strided x has
-        # no kernel. Each way x ends up holding y.
-        y, active = _forward(x, activation, slope, channel_dim, noise_std, seed)
-        return x.copy_(y), active
-    seed = _seed(seed, x.device) if noise_std > 0 else None
     try:
+        followed = x.requires_grad and torch.is_grad_enabled()
+        if _is_traced() or (x._is_view() and followed) or not (x.is_contiguous() or _activation.is_usable(x, channel_dim)):
+            # The compiler plans memory itself; autograd lets no function with two outputs write over a view; strided x
+            # has no kernel. Each way x ends up holding y.
+            y, active = _forward(x, activation, slope, channel_dim, noise_std, seed)
+            return x.copy_(y), active
+        seed = _seed(seed, x.device) if noise_std > 0 else None
         return _activation.InPlace.apply(x, activation, slope, channel_dim, noise_std, seed)
-    except RuntimeError:
-        _activation.check_forward_(x, activation, slope, channel_dim, noise_std, seed)
+    except _WRONG:
+        seed = _check_activation(x, slope, channel_dim, noise_std, seed)
+        if _activation.is_dense(x):  # of other strides is a copy, which the framework has refused to write back
+            _activation.check_forward_(x, activation, slope, channel_dim, noise_std, seed)
         raise
+
+
+_WRONG = (RuntimeError, AttributeError, TypeError, OverflowError)
+"""What comes up where an argument is wrong. Which one it was is asked only then: questions cost as much as a small kernel."""
+
+
+def _check_activation(
+    x: Tensor, slope: float, channel_dim: int, noise_std: float, seed: int | Tensor | None
+) -> Tensor | None:
+    """Raise TypeError or ValueError for an argument of a wrong kind. Returns the seed as the op takes it."""
+    _check_kinds("activation", {"x": x}, slope=slope, noise_std=noise_std)
+    require_integer("activation: channel_dim", channel_dim)
+    return _checked_seed("activation", seed, x)
+
+
+def _check_kinds(op: str, tensors: dict[str, Tensor], **numbers: float) -> None:
+    for name, tensor in tensors.items():
+        require_tensor(f"{op}: {name}", tensor)
+    for name, number in numbers.items():
+        require_number(f"{op}: {name}", number)
+
+
+def _checked_seed(op: str, seed: int | Tensor | None, x: Tensor) -> Tensor | None:
+    if seed is not None and not isinstance(seed, Tensor):
+        require_integer(f"{op}: seed", seed)
+    return seed if seed is None else _seed(seed, x.device)
 
 
 def _is_traced() -> bool:
@@ -213,6 +252,8 @@ def _is_followed(*tensors: Tensor | None) -> bool:
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed
+    if isinstance(seed, float):
+        raise TypeError(f"seed must be an integer, got {seed}")
     if seed is None:
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
     return torch.full((1,), seed, dtype=torch.int64, device=device)

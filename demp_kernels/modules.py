@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .arguments import require_integer, require_number
 
 __all__ = ["DemPActivation", "DemPReLU", "DemPLeakyReLU", "DemPGELU", "DemPSiLU", "SelectiveAdd"]
 
@@ -40,10 +41,12 @@ class DemPActivation(nn.Module):
 
     def __init__(self, *, noise_std: float = 0.0, channel_dim: int = 1) -> None:
         super().__init__()
-        if not noise_std >= 0.0:
-            raise ValueError(f"{type(self).__name__}: noise_std must be >= 0, got {noise_std}")
+        require_number(f"{type(self).__name__}: noise_std", noise_std)
+        if not 0.0 <= noise_std < float("inf"):
+            raise ValueError(f"{type(self).__name__}: noise_std must be >= 0 and finite, got {noise_std}")
+        require_integer(f"{type(self).__name__}: channel_dim", channel_dim)
         self.noise_std = float(noise_std)
-        self.channel_dim = int(channel_dim)
+        self.channel_dim = channel_dim
         self.active = self.seen = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DemPActivation:
@@ -139,6 +142,7 @@ class DemPLeakyReLU(DemPActivation):
         self, negative_slope: float = 0.01, inplace: bool = False, noise_std: float = 0.0, channel_dim: int = 1
     ) -> None:
         super().__init__(noise_std=noise_std, channel_dim=channel_dim)
+        require_number("DemPLeakyReLU: negative_slope", negative_slope)
         self.negative_slope = float(negative_slope)
         self.inplace = inplace
 

@@ -148,7 +148,7 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
 
 def _kind(act: DemPActivation) -> tuple[str, float]:
     """How the op calls an activation module, and its slope. Raises ValueError for one that the op does not have."""
-    if act.channel_dim == 1:
+    if isinstance(act, DemPActivation) and act.channel_dim == 1:
         if isinstance(act, DemPReLU):
             return "relu", 0.0
         if isinstance(act, DemPLeakyReLU):

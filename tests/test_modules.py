@@ -113,8 +113,8 @@ def test_activation_checkpointing_counts_once_and_draws_the_same_noise(use_reent
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: dk.DemPReLU(noise_std=-0.1), ValueError, "noise_std must be >= 0, got -0.1"),
-        (lambda: dk.DemPReLU(noise_std=float("nan")), ValueError, "noise_std must be >= 0, got nan"),
+        (lambda: dk.DemPReLU(noise_std=-0.1), ValueError, "noise_std must be >= 0 and finite, got -0.1"),
+        (lambda: dk.DemPReLU(noise_std=float("nan")), ValueError, "noise_std must be >= 0 and finite, got nan"),
         (lambda: dk.DemPGELU("erf"), ValueError, "approximate must be 'none' or 'tanh', got 'erf'"),
         (lambda: dk.DemPReLU()(torch.randn(3)), ValueError, "x must have a channel dimension"),
         (lambda: dk.DemPReLU()(torch.ones(2, 3, dtype=torch.int64)), ValueError, "got int64"),

@@ -212,3 +212,18 @@ def test_finalize_keeps_a_selection() -> None:
         expected[:, out] += skip[:, source]
     assert torch.allclose(prepared(x), expected)
     assert torch.allclose(dk.finalize(prepared)(x), expected)
+
+
+def test_prepare_names_a_functional_activation_whose_module_is_gone() -> None:
+    """A module of the user's that only calls a function is no module of the traced network; its path is still the name."""
+
+    class Act(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.relu(x)
+
+    model = nn.Sequential(nn.Linear(3, 5), Act(), nn.Linear(5, 2))
+    prepared = dk.prepare(model, torch.randn(4, 3))
+    names = [name for name, module in prepared.named_modules() if isinstance(module, dk.DemPActivation)]
+    assert names == ["1.relu"]
+    x = torch.randn(4, 3)
+    assert torch.equal(prepared(x), model(x))

@@ -25,7 +25,7 @@ FAMILIES = (
 )
 """One of each family: torchvision's classification and segmentation models, backbones of its detection models, and some
 of timm's where it is installed."""
-SIDES = {"inception_v3": 96, "vit": 224, "swin": 64, "maxvit_t": 224, "timm/vit_tiny_patch16_224": 224}
+SIDES = {"inception_v3": 160, "vit": 224, "swin": 64, "maxvit_t": 224, "timm/vit_tiny_patch16_224": 224}
 """Side of the images, by the longest prefix; 64 otherwise."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from ..arguments import require_module
 from ..graph import AnalysisError, UnitGraph, remembered_inputs
 from ..graph.units import Keep
 from ..modules import DemPActivation
@@ -66,6 +67,8 @@ def compact(
     if dead is None:
         _require_counters(model)
     copies = as_followers(followers)
+    if graph is not None and not isinstance(graph, UnitGraph):
+        raise TypeError(f"graph must be a UnitGraph, got {type(graph).__name__}")
     graph = graph if graph is not None else _analyse(model, example_inputs)
     analysed = time.perf_counter()
     dead = counted_dead(model, graph) if dead is None else dead
@@ -166,7 +169,8 @@ def _follow(follower: nn.Module, number: int, graph: UnitGraph, keep: Keep) -> P
 
 def as_followers(followers: Any) -> list[nn.Module]:
     """Copies of the model out of what wraps them. Raises TypeError for what is no module."""
-    found = [] if followers is None else [followers] if isinstance(followers, nn.Module) else list(followers)
+    several = isinstance(followers, Sequence) and not isinstance(followers, str)
+    found = [] if followers is None else list(followers) if several else [followers]
     for one in found:
         if not isinstance(one, nn.Module):
             raise TypeError(f"followers must be a module or a list of modules, got {type(one).__name__}")
@@ -175,8 +179,7 @@ def as_followers(followers: Any) -> list[nn.Module]:
 
 
 def _checked(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    require_module("model", model)
     return getattr(model, "_orig_mod", model)  # torch.compile's wrapper
 
 

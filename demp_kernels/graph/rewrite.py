@@ -7,7 +7,9 @@ PyTorch modules.
 """
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 
+from ..arguments import require_module
 from ..modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
 from ..norm_modules import DemPBatchNormAct2d
 from .capture import TRACING, materialise
@@ -75,6 +78,7 @@ def swap_activations(model: nn.Module) -> int:
 
     Returns: how many modules were swapped (a module that occurs under several names counts once).
     """
+    require_module("swap_activations: model", model)
     twins: dict[int, DemPActivation] = {}
     channel_dim = 1
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -114,8 +118,7 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
         PrepareError: the model cannot be traced, or its forward takes another path in training than in evaluation.
         TypeError: `model` is no nn.Module, or an example input is no tensor and no plain value.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"prepare: model must be an nn.Module, got {type(model).__name__}")
+    require_module("prepare: model", model)
     inputs = _as_tuple(example_inputs)
     with TRACING:
         graph = trace_both_modes(model)
@@ -159,6 +162,7 @@ def finalize(model: nn.Module) -> nn.Module:
     index_select of the skip's channels and an addition where the skip carries other channels. Same `state_dict` keys,
     but for one index buffer (`<name>_index`) an addition that selects. The copy shares nothing with `model`.
     """
+    require_module("finalize: model", model)
     plain = copy.deepcopy(model)
     if isinstance(plain, fx.GraphModule):
         _restore_shapes(model, plain)
@@ -409,7 +413,8 @@ def _propagate_shapes(model: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
 
     try:
         model.eval()
-        with torch.no_grad():
+        # ShapeProp prints a traceback before it raises
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             Interpreter(model, fake_mode).propagate(*fakes)
     except Exception as error:
         cause = error.__cause__ or error  # the interpreter wraps what went wrong in pages of its own state
@@ -430,13 +435,14 @@ def _owner(node: fx.Node) -> str:
 
 
 def _free_name(model: nn.Module, name: str) -> str:
-    candidate, number = name, 0
-    while _get_submodule_or_none(model, candidate) is not None or hasattr(
-        model.get_submodule(candidate.rpartition(".")[0]), candidate.rpartition(".")[2]
-    ):
+    parent, _, leaf = name.rpartition(".")
+    # the traced model has no module where one without children was called as a function
+    owner = _get_submodule_or_none(model, parent)
+    candidate, number = leaf, 0
+    while owner is not None and hasattr(owner, candidate):
         number += 1
-        candidate = f"{name}_{number}"
-    return candidate
+        candidate = f"{leaf}_{number}"
+    return f"{parent}.{candidate}" if parent else candidate
 
 
 def _get_submodule_or_none(model: nn.Module, name: str) -> nn.Module | None:

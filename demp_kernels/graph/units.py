@@ -197,6 +197,8 @@ class UnitGraph:
         name or a wrong length, TypeError for a wrong dtype.
         """
         masks: dict[int, np.ndarray] = {}
+        if not isinstance(dead, Mapping):
+            raise TypeError(f"dead must map names of activations to bool tensors, got {type(dead).__name__}")
         for name, mask in dead.items():
             numbers = [i for i, a in enumerate(self.activations) if name in (a.name, a.module)]
             if not numbers:
@@ -207,6 +209,8 @@ class UnitGraph:
                 raise TypeError(f"dead[{name!r}] must be a bool tensor, got {got}")
             for i in numbers:
                 units = self.activations[i].atoms.size
+                if mask.layout != torch.strided or mask.device.type == "meta":
+                    raise ValueError(f"dead[{name!r}] must be a dense tensor with values, got {mask.layout} on {mask.device}")
                 if mask.shape != (units,):
                     raise ValueError(f"dead[{name!r}] must have shape ({units},), got {tuple(mask.shape)}")
                 array = mask.detach().cpu().numpy()

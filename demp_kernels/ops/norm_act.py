@@ -149,6 +149,8 @@ def _check_common(
 
 
 def _check_like(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"norm_act: {name} must be on {x.device}, got {value.device}")
     if value.dtype != x.dtype or value.shape != x.shape or not same_order(value, x):
         raise ValueError(
             f"norm_act: {name} must be like x ({dtype_name(x.dtype)}, shape {shape_text(x.shape)}, strides "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..arguments import require_module
 from ..compaction import plan_to_dict
 from ..compaction.entry import as_followers
 from ..compaction.optimizer import as_optimizers, plan_states
@@ -45,6 +46,9 @@ def save_checkpoint(
 
     Raises OSError if the file cannot be written (disk full, no permission): what was at `path` before is unchanged.
     """
+    require_module("model", model)
+    if demp is not None and not isinstance(demp, DemP):
+        raise TypeError(f"demp must be a DemP, got {type(demp).__name__}")
     write_file(Path(path), {
         "units": plan_to_dict(demp.graph) if demp is not None else None,
         "model": unwrap(model).state_dict(),

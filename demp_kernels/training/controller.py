@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..arguments import require_integer, require_module
 from ..compaction import CompactionReport, compact, recycle
 from ..compaction.state_checks import entry
 from ..functional import weight_noise_
@@ -145,6 +146,7 @@ class DemP:
         self.on_compaction: list[Callable[[CompactionReport], None]] = []
         """Called with the report after every removal."""
 
+        require_module("DemP: model", model)
         self._wrapper, self._model = model, unwrap(model)
         self._optimizers = _optimizers(optimizer)
         if not activations_of(self._model):
@@ -159,6 +161,8 @@ class DemP:
         self.graph = UnitGraph.trace(self._model, inputs)
         self.total_units: dict[str, int] = dict(self.graph.units)
         device = next(self._model.parameters()).device
+        if seed is not None:
+            require_integer("seed", seed)
         drawn = torch.randint(2**62, (1,)) if seed is None else torch.tensor([seed])
         self._noise_seed = from_first_rank(drawn.to(device=device, dtype=torch.int64))
         self._liveness = StepLiveness(self._model)
