@@ -66,6 +66,8 @@ class Case(ABC):
     """One op on one input. `key` and the fields go into the rows."""
 
     op: ClassVar[str]
+    cold: ClassVar[bool] = True
+    """On a GPU every timed call finds the caches without its operands."""
     function: str
     layout: str
     dtype: torch.dtype

@@ -20,12 +20,12 @@ FAMILIES = (
     "efficientnet_b0", "efficientnet_v2_s", "densenet121", "googlenet", "inception_v3", "convnext_tiny", "vit_b_16", "swin_t",
     "swin_v2_t", "maxvit_t", "regnet_x_400mf", "regnet_y_400mf", "shufflenet_v2_x1_0", "squeezenet1_1", "mnasnet1_0",
     "segmentation/deeplabv3_resnet50", "segmentation/fcn_resnet50", "segmentation/lraspp_mobilenet_v3_large",
-    "backbone/resnet50_fpn", "backbone/mobilenet_v3_large_fpn",
+    "backbone/resnet50_fpn",
     "timm/resnet26d", "timm/convnext_atto", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224",
 )
-"""One of each family: torchvision's classification and segmentation models, backbones of its detection models, and some
-of timm's where it is installed."""
-SIDES = {"inception_v3": 160, "vit": 224, "swin": 64, "maxvit_t": 224, "timm/vit_tiny_patch16_224": 224}
+"""One of each family: torchvision's classification and segmentation models, a backbone of its detection models, and some of
+timm's where it is installed."""
+SIDES = {"inception_v3": 96, "vit": 224, "swin": 64, "maxvit_t": 224, "timm/vit_tiny_patch16_224": 224}
 """Side of the images, by the longest prefix; 64 otherwise."""
 
 
@@ -95,7 +95,8 @@ def _builder(name: str) -> Callable[[], nn.Module]:
     elif kind == "segmentation" and rest in models.list_models(module=models.segmentation):
         return lambda: models.get_model(rest, weights=None, weights_backbone=None)
     elif not kind and rest in models.list_models(module=models):
-        options = {"init_weights": True} if rest in ("googlenet", "inception_v3") else {}
+        # without their heads for training only, whose forward takes another path that `prepare` refuses
+        options = {"init_weights": True, "aux_logits": False} if rest in ("googlenet", "inception_v3") else {}
         return lambda: models.get_model(rest, weights=None, **options)
     raise RecipeError(f"model must be one of torchvision's, segmentation/..., backbone/..._fpn or timm/..., got {name!r}")
 

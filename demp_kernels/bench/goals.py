@@ -146,6 +146,8 @@ GOALS: tuple[Goal, ...] = (
          _norm_act, _speedup("plain"), at_least=True),
     Goal("BatchNorm + ReLU + count, forward and backward, float32: time of a copy of x", 6.0,
          _norm_act, _ratio("demp", "copy_into")),
+    Goal("dispatch of relu + count on a tiny tensor: time of torch.relu", 1.5,
+         _op("dispatch"), _ratio("demp", "plain")),
     Goal("weight noise over all parameters: time of a copy of them", 3.0,
          _op("weight_noise"), _ratio("demp", "copy_into")),
     Goal("ResNet-18 step, nothing pruned: speedup over plain PyTorch in the same layout", 1.3,

@@ -37,7 +37,7 @@ def run_case(case: Case, machine: Machine, device: torch.device, budget: Budget)
         with retained_graphs():
             calls = _working(case, case.variants(device, compile=with_compile))
             meter = OthersMeter()
-            timings = measure(calls, seconds=budget.seconds, device=device)
+            timings = measure(calls, seconds=budget.seconds, device=device, cold=case.cold)
             others = meter.share(torch.get_num_threads())
             peaks = {name: peak_bytes(call, device) for name, call in calls.items()} if budget.memory else {}
     finally:

@@ -10,7 +10,10 @@ from demp_kernels.bench.cases import VARIANTS, Case, Scope, random, shape_for
 from demp_kernels.bench.runner import Budget, run_case, thread_counts, threads
 from demp_kernels.bench.suites import SUITES
 from demp_kernels.bench.suites.activation import ActivationCase
+from demp_kernels.bench.suites.dispatch import DispatchCase
 from demp_kernels.bench.suites.norm_act import NormActCase
+from demp_kernels.bench.timing import measure
+from demp_kernels.ops import backend
 
 CPU = torch.device("cpu")
 CACHE = 2**25
@@ -128,3 +131,12 @@ def test_thread_counts() -> None:
     with threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif("_C" not in backend.loaded, reason="no compiled kernels")
+@pytest.mark.parametrize(("direction", "limit"), [("forward", 10), ("both", 6)])
+def test_dispatch_costs_a_few_of_pytorch_s(direction: str, limit: float) -> None:
+    """Far from the 3.2 and 2.4 that `demp bench dispatch` measured: a call that ends in the reference takes over 15."""
+    calls = DispatchCase("relu", "nchw", torch.float32, (2, 8, 2, 2), direction).variants(CPU, compile=False)
+    timings = measure({name: calls[name] for name in ("plain", "demp")}, seconds=0.05, device=CPU)
+    assert timings["demp"].p20 < limit * timings["plain"].p20

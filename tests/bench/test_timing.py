@@ -35,7 +35,7 @@ def test_alternatives_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     cost = {"a": 0.002, "b": 0.002, "slow": 0.03}
 
-    def fake_clock(call, count: int, device: torch.device) -> float:
+    def fake_clock(call, count: int, device: torch.device, flush: object) -> float:
         call()
         return cost[order[-1]] * count
 
@@ -96,3 +96,27 @@ def test_cache_size_is_read(tmp_path) -> None:
         (tmp_path / f"index{number}" / "size").write_text(f"{text}\n")
     assert _largest_cache(tmp_path) == 36 * 2**20
     assert _largest_cache(tmp_path / "nothing") > 0
+
+
+def test_a_gpu_s_cache_is_flushed_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for the device: what is issued, in which order, and whose time it is."""
+    issued: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.place = len(issued)
+
+        def elapsed_time(self, end: Event) -> float:
+            assert issued[self.place : end.place] == ["call"] * (end.place - self.place), "nothing else between the events"
+            return float(end.place - self.place)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    device = torch.device("cuda")
+    seconds = timing.block_seconds(lambda: issued.append("call"), 3, device, lambda: issued.append("flush"))
+    assert issued == ["flush", "call"] * 3 and seconds == pytest.approx(3e-3)
+    issued.clear()
+    assert timing.block_seconds(lambda: issued.append("call"), 3, device) == pytest.approx(3e-3) and issued == ["call"] * 3

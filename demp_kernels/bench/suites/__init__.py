@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..cases import Case, Scope
-from . import activation, channel_select, compact, norm_act, weight_noise
+from . import activation, channel_select, compact, dispatch, norm_act, weight_noise
 
 __all__ = ["SUITES"]
 
@@ -14,4 +14,5 @@ SUITES: dict[str, Callable[[Scope], list[Case]]] = {
     "weight_noise": weight_noise.cases,
     "compact": compact.cases,
     "channel_select": channel_select.cases,
+    "dispatch": dispatch.cases,
 }
