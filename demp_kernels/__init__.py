@@ -5,7 +5,7 @@ The public names, all importable as `demp_kernels.<name>`:
     modules      DemPReLU, DemPLeakyReLU, DemPGELU, DemPSiLU, DemPBatchNormAct2d
     preparation  prepare, swap_activations, finalize
     compaction   compact, shrink_to, CompactionReport, CompactionError, UnitGraph
-    training     DemP, save_checkpoint, load_checkpoint, save_sharded, load_sharded
+    training     DemP, Steering, save_checkpoint, load_checkpoint, save_sharded, load_sharded
     kernels      functional.relu and its like, build_info, tune_allocator
 """
 from __future__ import annotations
@@ -16,12 +16,21 @@ from .compaction import CompactionError, CompactionReport, compact, shrink_to
 from .graph import PrepareError, UnitGraph, finalize, prepare, swap_activations
 from .modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
 from .norm_modules import DemPBatchNormAct2d
-from .training import CheckpointError, DemP, DemPReport, load_checkpoint, load_sharded, save_checkpoint, save_sharded
+from .training import (
+    CheckpointError,
+    DemP,
+    DemPReport,
+    Steering,
+    load_checkpoint,
+    load_sharded,
+    save_checkpoint,
+    save_sharded,
+)
 from .version import __version__
 
 __all__ = [
     "CheckpointError", "CompactionError", "CompactionReport", "DemP", "DemPActivation", "DemPBatchNormAct2d", "DemPGELU",
-    "DemPLeakyReLU", "DemPReLU", "DemPReport", "DemPSiLU", "PrepareError", "SelectiveAdd", "UnitGraph", "__version__",
-    "build_info", "compact", "finalize", "functional", "load_checkpoint", "load_sharded", "prepare",
+    "DemPLeakyReLU", "DemPReLU", "DemPReport", "DemPSiLU", "PrepareError", "SelectiveAdd", "Steering", "UnitGraph",
+    "__version__", "build_info", "compact", "finalize", "functional", "load_checkpoint", "load_sharded", "prepare",
     "save_checkpoint", "save_sharded", "shrink_to", "swap_activations", "tune_allocator",
 ]

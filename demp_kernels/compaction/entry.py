@@ -59,7 +59,7 @@ def compact(
     """
     start = time.perf_counter()
     model, optimizers = _checked(model), as_optimizers(optimizer)
-    step = _width_step(model) if round_to == "auto" else round_to
+    step = width_step(model) if round_to == "auto" else round_to
     for name, number in (("round_to", step), ("min_units", min_units)):
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {number!r}")
@@ -148,7 +148,7 @@ def _carry_out(
     )
 
 
-def _width_step(model: nn.Module) -> int:
+def width_step(model: nn.Module) -> int:
     """The width in whose steps the time of a layer rises on the model's device and precision."""
     parameter = next(model.parameters(), None)
     if parameter is None:

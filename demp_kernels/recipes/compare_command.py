@@ -14,7 +14,9 @@ Trains the same network with DemP, without pruning and with other structured pru
 compares accuracy, sparsity and time. Finished runs are kept in --out: started again after a stop, it goes on from there.
 Without --sparsity the rivals prune to the parameter sparsity that DemP reached with the same seed."""
 
-REPLACED = ("--peak-penalty", "--seed", "--no-baseline", "--tensorboard", "--save-every", "--resume")
+REPLACED = (
+    "--peak-penalty", "--target-flops", "--target-sparsity", "--steer-until", "--push-rate", "--seed", "--no-baseline", "--tensorboard", "--save-every", "--resume",
+)
 
 
 def add_parser(commands: Any) -> None:

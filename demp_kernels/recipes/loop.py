@@ -163,7 +163,7 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        changed = self.method.step()
+        changed = self.method.step(task.detach())
         self.schedule.step()
         if changed and self.settings.compile:
             # every removal is a new shape; after eight of one function torch.compile would go on without compiling

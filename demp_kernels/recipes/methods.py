@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..graph import prepare
-from ..training import DemP
+from ..training import DemP, Steering
 from ..training.penalty import penalised_parameters
 from .settings import TrainSettings
 
@@ -31,8 +31,8 @@ class Method(Protocol):
     def penalise(self) -> None:
         """After the backward pass: what a penalty adds to the gradients."""
 
-    def step(self) -> bool:
-        """After the optimiser's step. Returns whether the network has changed its shape."""
+    def step(self, loss: Tensor) -> bool:
+        """After the optimiser's step; loss: of the task. Returns whether the network has changed its shape."""
 
     def units(self) -> tuple[dict[str, int], dict[str, int]]:
         """(live, total) units of every activation; empty where none are counted."""
@@ -68,7 +68,7 @@ class Dense:
     def penalise(self) -> None:
         pass
 
-    def step(self) -> bool:
+    def step(self, loss: Tensor) -> bool:
         return False
 
     def units(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -96,19 +96,20 @@ class Demon:
             peak_penalty=settings.peak_penalty,
             peak_noise=settings.peak_noise,
             ramp_steps=max(1, int(settings.ramp * plan.total_steps)),
-            prune_every=settings.prune_every or plan.steps_per_epoch,
+            prune_every=settings.prune_every or _prune_every(settings, plan.steps_per_epoch),
             criterion=settings.criterion,
             scan_batches=plan.scan_batches if settings.criterion == "scan" else None,
             penalty_on=settings.penalty_on or _penalised(model),
             round_to=settings.round_to,
             seed=settings.seed,
+            steering=_steering(settings),
         )
 
     def penalise(self) -> None:
         self.controller.penalise_gradients()
 
-    def step(self) -> bool:
-        report = self.controller.step()
+    def step(self, loss: Tensor) -> bool:
+        report = self.controller.step(loss)
         return report is not None and report.changed
 
     def units(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -116,6 +117,21 @@ class Demon:
 
     def state(self) -> dict[str, float]:
         return {"penalty_weight": self.controller.penalty_weight, "noise_std": self.controller.noise_std}
+
+
+def _prune_every(settings: TrainSettings, steps_per_epoch: int) -> int:
+    """Once an epoch: a unit is dead that no training image has stirred. Pushed units do not come back, so a quarter of an
+    epoch tells, and the sooner they go the more of the run is fast."""
+    steered = settings.target_flops is not None or settings.target_sparsity is not None
+    return max(1, steps_per_epoch // 4) if steered else steps_per_epoch
+
+
+def _steering(settings: TrainSettings) -> Steering | None:
+    if settings.target_flops is None and settings.target_sparsity is None:
+        return None
+    return Steering(
+        settings.target_flops, settings.target_sparsity, until=settings.steer_until, rate=settings.push_rate
+    )
 
 
 def _penalised(model: nn.Module) -> str:

@@ -29,9 +29,10 @@ from torch.optim import Optimizer
 from ..compaction import compact
 from ..graph import UnitGraph, prepare, remembered_inputs
 from ..modules import DemPActivation
+from ..training.budget import lowest_units
 from .methods import Plan
 
-__all__ = ["RIVALS", "Rival", "crop_scores", "l1_scores", "lowest_units", "random_scores", "snap_scores"]
+__all__ = ["RIVALS", "Rival", "crop_scores", "l1_scores", "random_scores", "snap_scores"]
 
 SCORE_BATCHES = 10
 SETTLED_AT_THE_LATEST = 0.5
@@ -125,42 +126,7 @@ def _gated(model: nn.Module, graph: UnitGraph, gates: dict[str, Tensor]) -> Iter
             hook.remove()
 
 
-# --- which units, and when ---
-
-
-def lowest_units(
-    model: nn.Module, graph: UnitGraph, scores: Scores, parameters: float, round_to: int = 1
-) -> dict[str, Tensor]:
-    """The units to remove, activation name -> (units,) bool: as few of the lowest scores as leave the model at most
-    `parameters` parameters. Of every layer at least one stays, and a multiple of `round_to` where it had as many. If the
-    parameters are out of reach, all that can go."""
-    order = torch.cat([scores[name].flatten() for name in graph.units]).argsort(stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    ranks = dict(zip(graph.units, rank.split(list(graph.units.values()))))
-
-    def lowest(count: int) -> dict[str, Tensor]:
-        dead = {}
-        for name, of_units in ranks.items():
-            units = len(of_units)
-            left = max(1, units - int((of_units < count).sum()))
-            left = min(units, -(-left // round_to) * round_to)
-            dead[name] = of_units.argsort().argsort() < units - left
-        return dead
-
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high) // 2
-        if _parameters_left(model, graph, lowest(middle)) <= parameters:
-            high = middle
-        else:
-            low = middle + 1
-    return lowest(low)
-
-
-def _parameters_left(model: nn.Module, graph: UnitGraph, dead: dict[str, Tensor]) -> int:
-    shapes = graph.widths(model, graph.keep(dead).atoms).shapes
-    return sum(torch.Size(shapes.get(id(p), p.shape)).numel() for p in model.parameters())
+# --- when ---
 
 
 class Rival:
@@ -192,7 +158,7 @@ class Rival:
     def penalise(self) -> None:
         pass
 
-    def step(self) -> bool:
+    def step(self, loss: Tensor) -> bool:
         self._steps += 1
         if self._pruned or not self._is_time():
             return False
@@ -221,7 +187,7 @@ class Rival:
         settings = self._plan.settings
         scores = self.scores(self._model, self._graph, self._plan.labelled_batches(SCORE_BATCHES), settings.seed)
         target = (1 - self.sparsity) * self._at_first
-        dead = lowest_units(self._model, self._graph, scores, target, settings.round_to)
+        dead = lowest_units(self._model, self._graph, scores, target, round_to=settings.round_to)
         compact(self._model, self._optimizer, dead=dead, graph=self._graph)
         self._initial, self._pruned = [], True
 

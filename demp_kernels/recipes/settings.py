@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..training import Steering
 from ..training.penalty import PENALTY_TARGETS
 from .data import DATA
 from .errors import RecipeError
@@ -52,6 +53,10 @@ class TrainSettings:
     prune_every: int | None = None
     criterion: str = "window"
     penalty_on: str | None = None
+    target_flops: float | None = None
+    target_sparsity: float | None = None
+    steer_until: float = 0.3
+    push_rate: float = 0.02
     round_to: int = 8
     device: str = "auto"
     seed: int = 0
@@ -73,6 +78,8 @@ class TrainSettings:
         if self.data not in DATA:
             raise RecipeError(f"data must be one of {', '.join(DATA)}, got {self.data!r}")
         defaults = defaults_for(self.data, self.model)
+        if self.target_flops is not None or self.target_sparsity is not None:
+            defaults["peak_penalty"] = 0.0  # the budget decides what goes
         filled = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
         filled = replace(filled, device=str(resolve_device(self.device)))
         filled._check()
@@ -95,6 +102,14 @@ class TrainSettings:
                 raise RecipeError(f"{_flag(name)} must be at least 0 and below 1, got {value}")
         if not 0 < self.ramp <= 1:
             raise RecipeError(f"ramp must be above 0 and at most 1, got {self.ramp}")
+        if self.target_flops is not None and self.target_sparsity is not None:
+            raise RecipeError("target-flops and target-sparsity exclude each other, got both")
+        for name in ("target_flops", "target_sparsity", "push_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise RecipeError(f"{_flag(name)} must be above 0 and below 1, got {value}")
+        if not Steering.start < self.steer_until <= 1:
+            raise RecipeError(f"steer-until must be above {Steering.start} and at most 1, got {self.steer_until}")
         if not 0 < self.lr_factor <= 1:
             raise RecipeError(f"lr-factor must be above 0 and at most 1, got {self.lr_factor}")
         if any(not 0 < drop for drop in self.lr_drops):

@@ -53,6 +53,11 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
         "--peak-penalty": {"type": float, "help": "peak weight of the L1 penalty: more removes more units"},
         "--penalty-on": {"choices": PENALTY_TARGETS, "help":
             "what is penalised (default: scales, or weights in a network without normalisation)"},
+        "--target-flops": {"type": float, "help":
+            "closed loop instead of the penalty: push units towards death until this share of the operations is left"},
+        "--target-sparsity": {"type": float, "help": "likewise, until this share of the parameters is gone"},
+        "--steer-until": {"type": float, "help": "share of the run by which the target is to be met (default: 0.3)"},
+        "--push-rate": {"type": float, "help": "what a pushed scale or offset moves in a step (default: 0.02)"},
         "--peak-noise": {"type": float, "help": "peak standard deviation of the weight noise (default: 5e-5)"},
         "--ramp": {"type": float, "help": "share of the run that the penalty's one cycle takes (default: 0.87)"},
         "--prune-every": {"type": int, "help": "look for dead units every N steps (default: once an epoch)"},

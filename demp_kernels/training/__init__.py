@@ -4,8 +4,9 @@ from .controller import DemP, DemPEvent, DemPReport
 from .penalty import PENALTY_NORMS, PENALTY_TARGETS
 from .schedule import SCHEDULES
 from .sharded import load_sharded, save_sharded
+from .steering import Steering
 
 __all__ = [
     "CheckpointError", "DemP", "DemPEvent", "DemPReport", "PENALTY_NORMS", "PENALTY_TARGETS", "SCHEDULES",
-    "load_checkpoint", "load_sharded", "save_checkpoint", "save_sharded",
+    "Steering", "load_checkpoint", "load_sharded", "save_checkpoint", "save_sharded",
 ]

@@ -12,13 +12,25 @@ from torch.optim import Optimizer
 
 from ..arguments import require_integer, require_module
 from ..compaction import CompactionReport, compact, recycle
+from ..compaction.entry import width_step
 from ..compaction.state_checks import entry
 from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
-from .distributed import any_rank, every_rank, forget_compiled, from_first_rank, rebuild_wrapper, sum_counters, unwrap
+from ..graph.capture import as_tuple
+from .distributed import (
+    any_rank,
+    every_rank,
+    forget_compiled,
+    from_first_rank,
+    mean_over_ranks,
+    rebuild_wrapper,
+    sum_counters,
+    unwrap,
+)
 from .liveness import StepLiveness, activations_of, scan_dead, window_dead
 from .penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
 from .schedule import SCHEDULES
+from .steering import Steerer, Steering
 
 __all__ = ["DemP", "DemPEvent", "DemPReport"]
 
@@ -94,6 +106,7 @@ class DemP:
         on_dead: "remove"; "recycle": give dead units a new start instead (ReDo, see `compaction.recycle`), for training that
             goes on with other data; or "report": say how many there are and change nothing.
         seed: of the weight noise; by default drawn from torch's generator.
+        steering: a budget that units are pushed to meet, whatever the penalty does; see `Steering`.
 
     Networks may train in several threads. Make their `DemP`s before the threads start: torch exchanges functions of the
     whole process while it traces, so that a step beside an analysis may round differently.
@@ -125,6 +138,7 @@ class DemP:
         followers: nn.Module | Sequence[nn.Module] | None = None,
         on_dead: str = "remove",
         seed: int | None = None,
+        steering: Steering | None = None,
     ) -> None:
         self.total_steps = _at_least("total_steps", total_steps, 1, int)
         self.peak_penalty = _at_least("peak_penalty", peak_penalty, 0.0)
@@ -166,6 +180,7 @@ class DemP:
         drawn = torch.randint(2**62, (1,)) if seed is None else torch.tensor([seed])
         self._noise_seed = from_first_rank(drawn.to(device=device, dtype=torch.int64))
         self._liveness = StepLiveness(self._model)
+        self._steerer = None if steering is None else self._steered(steering, inputs)
         self._history: list[DemPEvent] = []
         self._steps_done = 0
 
@@ -185,13 +200,17 @@ class DemP:
         if self._penalised and weight > 0:
             add_penalty_gradient(self._penalised, self.penalty_norm, scale * weight)
 
-    def step(self) -> CompactionReport | None:
-        """Noise on the weights of live units; then, if it is time, removal of the dead ones.
+    def step(self, loss: Tensor | None = None) -> CompactionReport | None:
+        """Noise on the weights of live units, a push for those that the steering has chosen; then, if it is time, removal
+        of the dead ones.
 
-        Call it after the optimiser's step. Returns the report of the removal, or None if nothing was looked for.
+        Call it after the optimiser's step. loss: of this step, a scalar, for the guard of the steering.
+        Returns the report of the removal, or None if nothing was looked for.
         """
         if self.noise_std > 0:
             self._add_noise(self.noise_std)
+        if self._steerer is not None:
+            self._steerer.step(self._steps_done, None if loss is None else mean_over_ranks(loss))
         self._steps_done += 1
         at_end = self._steps_done == self.total_steps
         if at_end or (self._steps_done % self.prune_every == 0 and self._steps_done >= self.prune_after):
@@ -231,6 +250,7 @@ class DemP:
             "total_steps": self.total_steps,
             "noise_seed": self._noise_seed.clone(),
             "total_units": dict(self.total_units),
+            "steering": None if self._steerer is None else self._steerer.state_dict(),
             "counters": {
                 name: {"active": m.active.clone(), "seen": m.seen.clone()}
                 for name, m in activations_of(self._model).items()
@@ -255,6 +275,8 @@ class DemP:
             module.seen.copy_(counts["seen"])
         self._noise_seed.copy_(state["noise_seed"])
         self._steps_done = state["steps_done"]
+        if self._steerer is not None and state.get("steering") is not None:
+            self._steerer.load_state_dict(state["steering"])
         self._history = [DemPEvent(**event) for event in state["history"]]
         # what the last saved step saw is part of the window already
         self._liveness.restart()
@@ -273,6 +295,8 @@ class DemP:
         seed = entry(state, "noise_seed", Tensor, where)
         if seed.shape != self._noise_seed.shape or seed.dtype != torch.int64:
             raise ValueError(f"noise_seed must be one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
+        if self._steerer is not None and state.get("steering") is not None:
+            self._steerer.check_state_dict(state["steering"], units)
         modules = activations_of(self._model)
         for name, counts in entry(state, "counters", dict, where).items():
             active, seen = (entry(counts, key, Tensor, f"DemP state of {name}") for key in ("active", "seen"))
@@ -286,7 +310,15 @@ class DemP:
             if not 0 <= event["step"] <= done:
                 raise ValueError(f"an event of DemP's history must be of a step between 0 and {done}, got {event['step']}")
 
-    # --- the two halves of a step ---
+    # --- the parts of a step ---
+
+    def _steered(self, steering: Steering, inputs: Any) -> Steerer:
+        if not isinstance(steering, Steering):
+            raise TypeError(f"steering must be a Steering or None, got {type(steering).__name__}")
+        if self.on_dead != "remove":
+            raise ValueError(f"steering requires on_dead='remove', got {self.on_dead!r}")
+        round_to = width_step(self._model) if isinstance(self.round_to, str) else self.round_to
+        return Steerer(steering, self._model, self.graph, as_tuple(inputs), self.total_steps, round_to)
 
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["any_rank", "every_rank", "forget_compiled", "from_first_rank", "rebuild_wrapper", "sum_counters", "unwrap"]
+__all__ = ["any_rank", "every_rank", "forget_compiled", "from_first_rank", "mean_over_ranks", "rebuild_wrapper", "sum_counters", "unwrap"]
 
 
 def is_distributed() -> bool:
@@ -23,6 +23,15 @@ def from_first_rank(value: Tensor) -> Tensor:
     if is_distributed():
         dist.broadcast(value, src=0)
     return value
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a scalar over the ranks, on every rank."""
+    if not is_distributed():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def any_rank(masks: dict[str, Tensor]) -> dict[str, Tensor]:

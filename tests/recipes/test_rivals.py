@@ -10,8 +10,9 @@ import demp_kernels as dk
 from demp_kernels.graph import UnitGraph
 from demp_kernels.recipes.methods import Plan
 from demp_kernels.recipes.models import ResNet18
-from demp_kernels.recipes.rivals import RIVALS, Rival, crop_scores, l1_scores, lowest_units, snap_scores
+from demp_kernels.recipes.rivals import RIVALS, Rival, crop_scores, l1_scores, snap_scores
 from demp_kernels.recipes.settings import TrainSettings
+from demp_kernels.training.budget import lowest_units
 
 
 class Gated(nn.Module):
@@ -86,7 +87,7 @@ def test_lowest_units_reach_the_sparsity_and_no_more(sparsity: float, round_to: 
     at_first = sum(p.numel() for p in model.parameters())
     torch.manual_seed(0)
     scores = {name: torch.rand(units) for name, units in graph.units.items()}
-    dead = lowest_units(model, graph, scores, (1 - sparsity) * at_first, round_to)
+    dead = lowest_units(model, graph, scores, (1 - sparsity) * at_first, round_to=round_to)
     highest_removed = max(scores[name][mask].max() for name, mask in dead.items() if mask.any())
     if round_to == 1:
         # one percentile over all layers; only what a layer must keep may lie below it
@@ -130,7 +131,7 @@ def run(name: str, moves: list[float]) -> tuple[int, Rival, nn.Module]:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + move)
-        if rival.step():
+        if rival.step(torch.zeros(())):
             assert pruned_at == -1
             pruned_at = step
     return pruned_at, rival, model

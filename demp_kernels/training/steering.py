@@ -1,0 +1,215 @@
+"""Closed loop: what is left of the network follows a curve down to a budget.
+
+The open-loop schedule sets how strong the penalty is and takes what dies. Here the budget is set, FLOPs or parameters by a
+certain step, and at every moment as many units are pushed towards death as the budget asks for. A penalty in the loss cannot
+do that under Adam, which divides it by its own size: a scale falls by about the learning rate a step, whatever the penalty.
+So the push is a step of its own behind the optimiser's, as AdamW's weight decay is. For a pushed unit, with rate r,
+
+    gamma <- sign(gamma) max(|gamma| - r, 0)    scale of its normalisation (the proximal step of r |gamma|)
+    w     <- sign(w) max(|w| - r, 0)            row of weights, where no normalisation follows
+    beta  <- beta - r                           offsets
+
+until the unit is silent for whatever it is given. The units with the lowest scores are pushed, all layers compared together:
+|gamma|, or the L1 norm of the row over its layer's mean.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compaction.state_checks import entry
+from ..graph import UnitGraph
+from .budget import flops_cost, lowest_units, parameter_cost
+from .penalty import NORMALISATIONS
+
+__all__ = ["Steerer", "Steering"]
+
+CONTROLS = 30
+"""How often the units to push are chosen anew on the way to the budget."""
+MEMORY = 0.95
+"""Of the running mean of the loss, a step: about twenty steps."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A budget, and the way there.
+
+    target_flops: share of the operations (of convolutions and linear layers) that is left in the end; or
+    target_sparsity: share of the parameters that is gone. One of the two, above 0 and below 1.
+    start, until: shares of the run between which the budget falls from all to the target, as 1 - (1 - x)^3: fast at first.
+    rate: what a pushed scale, weight or offset moves in a step; above Adam's learning rate, which pulls back.
+    floor: share of its units that every layer keeps.
+    tolerance: nothing is pushed while the mean of the loss is above its lowest by more than this share of the first one.
+        Needs `demp.step(loss)`.
+
+    Raises ValueError for a value out of its range.
+    """
+
+    target_flops: float | None = None
+    target_sparsity: float | None = None
+    start: float = 0.05
+    until: float = 0.3
+    rate: float = 0.02
+    floor: float = 0.1
+    tolerance: float = 0.2
+
+    def __post_init__(self) -> None:
+        if (self.target_flops is None) == (self.target_sparsity is None):
+            raise ValueError(
+                "one of target_flops and target_sparsity must be given, got "
+                f"{self.target_flops} and {self.target_sparsity}"
+            )
+        for name in ("target_flops", "target_sparsity", "rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must be above 0 and below 1, got {value}")
+        if not 0 <= self.start < self.until <= 1:
+            raise ValueError(f"start and until must be 0 <= start < until <= 1, got {self.start} and {self.until}")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor must be at least 0 and below 1, got {self.floor}")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be above 0, got {self.tolerance}")
+
+    def left(self, share_of_run: float) -> float:
+        """The share of the cost that the budget leaves at that moment of the run."""
+        way = min(max((share_of_run - self.start) / (self.until - self.start), 0.0), 1.0)
+        target = self.target_flops if self.target_sparsity is None else 1 - self.target_sparsity
+        assert target is not None  # one of the two is given
+        return target + (1 - target) * (1 - way) ** 3
+
+
+class Steerer:
+    """Carries a `Steering` out on the model of a `DemP`.
+
+    Args:
+        graph: of `model`; the controller keeps it up to date. example_inputs: of the forward, meta tensors will do.
+        round_to, min_units: as the removal has them, so that no unit is pushed that would have to stay.
+    """
+
+    def __init__(
+        self, steering: Steering, model: nn.Module, graph: UnitGraph, example_inputs: tuple[Any, ...], total_steps: int,
+        round_to: int,
+    ) -> None:
+        self.steering, self.model, self.graph = steering, model, graph
+        self.total_steps, self.round_to = total_steps, round_to
+        by_flops = steering.target_flops is not None
+        self.cost = flops_cost(model, example_inputs) if by_flops else parameter_cost(model)
+        self.full_cost = self.cost({})
+        self.every = max(1, int((steering.until - steering.start) * total_steps) // CONTROLS)
+        self.pushed: dict[str, Tensor] = {}
+        self.losses: Tensor | None = None
+        """(3,) float64: running mean of the loss, its lowest, the first loss."""
+        self._pushes: list[tuple[nn.Parameter, Tensor, bool]] = []
+
+    def step(self, step: int, loss: Tensor | None) -> None:
+        """Push, after the optimiser's step number `step`. loss: the mean over all ranks, a scalar, or None."""
+        steering = self.steering
+        resting = None if loss is None else self._resting(loss)
+        if step < steering.start * self.total_steps:
+            return
+        on_the_way = step <= steering.until * self.total_steps and step % self.every == 0
+        if on_the_way or not self.pushed or self._widths_changed():
+            self.choose(step)
+        self._push(resting)
+
+    def choose(self, step: int) -> None:
+        """Which units are pushed from now on."""
+        budget = self.steering.left(step / self.total_steps) * self.full_cost
+        self.pushed = lowest_units(
+            self.model, self.graph, self.scores(), budget, cost=self.cost, round_to=self.round_to,
+            floor=self.steering.floor,
+        )
+        self._plan_pushes()
+
+    def scores(self) -> dict[str, Tensor]:
+        """Activation name -> (units,) on the CPU; units that no parameter makes are never pushed."""
+        found: dict[str, list[Tensor]] = {name: [] for name in self.graph.units}
+        for _, activation, p in self._strengths():
+            size = p.detach().abs()
+            if p.dim() > 1:
+                size = size.flatten(1).sum(1)
+                size = size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
+            found[activation].append(size)
+        return {
+            name: torch.stack(sizes).mean(0).cpu().float() if sizes else torch.full((self.graph.units[name],), torch.inf)
+            for name, sizes in found.items()
+        }
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        losses = None if self.losses is None else self.losses.clone()
+        return {"pushed": {name: mask.clone() for name, mask in self.pushed.items()}, "losses": losses}
+
+    def check_state_dict(self, state: Any, units: dict[str, int]) -> None:
+        """Raises ValueError if `state` is no `state_dict()` of a network with these `units`."""
+        pushed, losses = entry(state, "pushed", dict, "the steering's state"), state.get("losses")
+        for name, mask in pushed.items():
+            # its length may be that before the last removal: units are chosen anew before the next push then
+            if name not in units or not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
+                raise ValueError(f"the steering's state must have bool tensors for activations of the model, got {name!r}")
+        if losses is not None and (not isinstance(losses, Tensor) or losses.shape != (3,) or losses.dtype != torch.float64):
+            raise ValueError("the steering's state must have three float64 losses, or None")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = next(self.model.parameters()).device
+        self.pushed = {name: mask.cpu() for name, mask in state["pushed"].items()}
+        self.losses = None if state["losses"] is None else state["losses"].to(device)
+        self._plan_pushes()
+
+    # --- parts ---
+
+    def _gated(self) -> list[tuple[str, str, nn.Parameter]]:
+        """(name, activation, parameter) of the parameters whose row r belongs to unit r."""
+        parameters = dict(self.model.named_parameters())
+        gated = [(name, activation, parameters.get(name)) for name, activation in self.graph.gates.items()]
+        return [
+            (name, activation, p) for name, activation, p in gated
+            if p is not None and p.requires_grad and len(p) == self.graph.units[activation]
+        ]
+
+    def _strengths(self) -> list[tuple[str, str, nn.Parameter]]:
+        """Scales of normalisations; of activations that have none in front, the weights."""
+        scales = {id(m.weight) for m in self.model.modules() if isinstance(m, NORMALISATIONS)}
+        gated = self._gated()
+        normalised = {activation for _, activation, p in gated if id(p) in scales}
+        return [g for g in gated if id(g[2]) in scales or (g[2].dim() > 1 and g[1] not in normalised)]
+
+    def _widths_changed(self) -> bool:
+        units = self.graph.units
+        return any(len(mask) != units.get(name) for name, mask in self.pushed.items())
+
+    def _plan_pushes(self) -> None:
+        """(parameter, what is taken off each row, whether it is an offset) for all parameters with a pushed row."""
+        strengths = {id(p) for _, _, p in self._strengths()}
+        self._pushes = []
+        for _, activation, p in self._gated():
+            mask = self.pushed.get(activation)
+            if mask is not None and mask.any() and (id(p) in strengths or p.dim() == 1):
+                rows = mask.to(p.device, p.dtype).mul_(self.steering.rate).view(-1, *[1] * (p.dim() - 1))
+                self._pushes.append((p, rows, id(p) not in strengths))
+
+    @torch.no_grad()
+    def _push(self, resting: Tensor | None) -> None:
+        for p, rows, is_offset in self._pushes:
+            if resting is not None:
+                rows = torch.where(resting, 0.0, rows)
+            if is_offset:
+                p.sub_(rows)
+            else:
+                # of weights too: taking off a share, (1 - r) w, loses to an Adam step at |w| = lr / r
+                p.copy_(p.sign() * (p.abs() - rows).clamp_min_(0))
+
+    @torch.no_grad()
+    def _resting(self, loss: Tensor) -> Tensor:
+        """() bool on the device: the loss has risen too far. No host synchronisation."""
+        loss = loss.detach().double()
+        if self.losses is None:
+            self.losses = loss.repeat(3)
+        mean, lowest, first = self.losses.unbind()
+        mean.mul_(MEMORY).add_(loss, alpha=1 - MEMORY)
+        lowest.copy_(torch.minimum(lowest, mean))
+        return mean > lowest + self.steering.tolerance * first
