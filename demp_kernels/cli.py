@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -31,19 +32,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0; 2 for a request that cannot be met, in one line; 130 after Ctrl-C."""
+    """Run a command. Returns its exit code: 0; 2 for a request that cannot be met, in one line; 130 after Ctrl-C, 141
+    where the reader of the output went away."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     try:
         chosen, unknown = _parser(name).parse_known_args(arguments)
         if unknown:
             raise RecipeError(f"unrecognized arguments: {' '.join(unknown)}")
-        return chosen.run(chosen) or 0
+        code = chosen.run(chosen) or 0
+        sys.stdout.flush()
+        return code
     except RecipeError as error:
         print(f"demp {name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # the reader (head, less) has gone; what Python still holds must not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser(chosen: str) -> Parser:

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from .capture import AnalysisError
-from .rewrite import PrepareError, finalize, prepare, remembered_inputs, swap_activations
+from .plain import finalize
+from .rewrite import PrepareError, prepare, remembered_inputs, swap_activations
 from .units import Keep, UnitGraph
 
 __all__ = [

@@ -1,9 +1,8 @@
-"""Rewriting a model for DemP and back: `swap_activations`, `prepare`, `finalize`.
+"""Rewriting a model for DemP: `swap_activations`, `prepare`. The way back is in `plain`.
 
 `swap_activations` replaces modules in place and needs nothing else. `prepare` traces the model with `torch.fx`, so that
 functional activations are counted too, every call of a reused activation has counters of its own, and residual
-additions become `SelectiveAdd` modules, which let each residual block lose its own units. `finalize` gives back plain
-PyTorch modules.
+additions become `SelectiveAdd` modules, which let each residual block lose its own units.
 """
 from __future__ import annotations
 
@@ -22,12 +21,11 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from ..arguments import require_module
 from ..modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
-from ..norm_modules import DemPBatchNormAct2d
-from .capture import TRACING, materialise
-from .fusion import fuse_norms, unfuse_norms
-from .tracing import FLAG, PrepareError, attributes_of, trace_both_modes
+from .capture import TRACING, as_tuple
+from .fusion import fuse_norms
+from .tracing import PrepareError, attributes_of, trace_both_modes
 
-__all__ = ["PrepareError", "finalize", "prepare", "remembered_inputs", "swap_activations"]
+__all__ = ["PrepareError", "prepare", "remembered_inputs", "swap_activations"]
 
 EXAMPLE_INPUTS = "demp_example_inputs"
 """Key in `GraphModule.meta` under which `prepare` keeps its example inputs, as meta tensors."""
@@ -54,21 +52,6 @@ def counting_twin(module: nn.Module, channel_dim: int = 1) -> DemPActivation | N
     return twin.train(module.training)
 
 
-def plain_twin(module: DemPActivation) -> nn.Module:
-    """The plain PyTorch activation that computes what `module` does without counting and noise."""
-    if isinstance(module, DemPReLU):
-        plain: nn.Module = nn.ReLU(module.inplace)
-    elif isinstance(module, DemPLeakyReLU):
-        plain = nn.LeakyReLU(module.negative_slope, module.inplace)
-    elif isinstance(module, DemPGELU):
-        plain = nn.GELU(module.approximate)
-    elif isinstance(module, DemPSiLU):
-        plain = nn.SiLU()
-    else:
-        raise TypeError(f"finalize: no plain counterpart is known for {type(module).__name__}")
-    return plain.train(module.training)
-
-
 def swap_activations(model: nn.Module) -> int:
     """Replace every nn.ReLU, nn.LeakyReLU, nn.GELU and nn.SiLU module of `model` by its counting twin, in place.
 
@@ -91,7 +74,7 @@ def swap_activations(model: nn.Module) -> int:
             if twin is not None:
                 twins[id(module)] = twin
         if id(module) in twins:
-            _set_submodule(model, name, twins[id(module)])
+            set_submodule(model, name, twins[id(module)])
     return len(twins)
 
 
@@ -119,12 +102,12 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
         TypeError: `model` is no nn.Module, or an example input is no tensor and no plain value.
     """
     require_module("prepare: model", model)
-    inputs = _as_tuple(example_inputs)
+    inputs = as_tuple(example_inputs)
     with TRACING:
         graph = trace_both_modes(model)
     prepared = fx.GraphModule(attributes_of(model, graph), graph, class_name=type(model).__name__)
     _attach_unused(model, prepared)
-    _propagate_shapes(prepared, inputs)
+    propagate_shapes(prepared, inputs)
     for node in list(prepared.graph.nodes):
         _replace_activation(prepared, node)
     for node in list(prepared.graph.nodes):
@@ -153,43 +136,6 @@ def remembered_inputs(model: nn.Module) -> tuple[Any, ...] | None:
     if EXAMPLE_INPUTS not in meta and hasattr(model, EXAMPLE_INPUTS):
         meta[EXAMPLE_INPUTS] = getattr(model, EXAMPLE_INPUTS)
     return meta.get(EXAMPLE_INPUTS)
-
-
-def finalize(model: nn.Module) -> nn.Module:
-    """A copy of `model` made of plain PyTorch modules: for torch.save, torch.export, ONNX, deployment.
-
-    Counting activations become nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU; additions become plain additions, or an
-    index_select of the skip's channels and an addition where the skip carries other channels. Same `state_dict` keys,
-    but for one index buffer (`<name>_index`) an addition that selects. The copy shares nothing with `model`.
-    """
-    require_module("finalize: model", model)
-    plain = copy.deepcopy(model)
-    if isinstance(plain, fx.GraphModule):
-        _restore_shapes(model, plain)
-        plain.meta.pop(EXAMPLE_INPUTS, None)
-        plain.__dict__.pop(EXAMPLE_INPUTS, None)
-        unfuse_norms(plain)
-        _inline_dropouts(plain)
-        for node in list(plain.graph.nodes):
-            if node.op == "call_module" and isinstance(plain.get_submodule(node.target), SelectiveAdd):
-                _inline_addition(plain, node)
-        plain.delete_all_unused_submodules()
-    for name, module in list(plain.named_modules(remove_duplicate=False)):
-        if isinstance(module, DemPBatchNormAct2d):
-            raise TypeError(f"finalize: {name} is a DemPBatchNormAct2d outside a prepared model, or called more than once")
-        if isinstance(module, DemPActivation):
-            if not name:
-                return plain_twin(module)
-            _set_submodule(plain, name, plain_twin(module))
-        elif isinstance(module, SelectiveAdd):
-            raise TypeError(f"finalize: {name} is a SelectiveAdd outside a prepared model; it has no plain counterpart")
-    if isinstance(plain, fx.GraphModule):
-        for node in plain.graph.nodes:
-            node.type = None  # TorchScript does not know the annotations by the names that torch.fx gives them
-        plain._tracer_cls = plain.graph._tracer_cls = None  # would be pickled, as a class of this package
-        plain.graph.lint()
-        plain.recompile()
-    return plain
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -236,17 +182,17 @@ def _replace_activation(model: fx.GraphModule, node: fx.Node) -> None:
         name = node.target
     else:
         plain = _plain_module(node)
-        if plain is None or _shape(node) is None:
+        if plain is None or node_shape(node) is None:
             return
         twin = counting_twin(plain.train(model.training), _channel_dim(model, node))
         name = ".".join(filter(None, [_owner(node), type(plain).__name__.lower()]))
-    shape = _shape(node)
+    shape = node_shape(node)
     if twin is None or shape is None or len(shape) < 2:
         return
     if node.op == "call_module" and _calls_before(node) == 0:
-        _set_submodule(model, name, twin)
+        set_submodule(model, name, twin)
     else:
-        name = _free_name(model, name)
+        name = free_name(model, name)
         model.add_submodule(name, twin)
     source = node.args[0] if node.args else node.kwargs["input"]
     twin.allocate(shape[twin.channel_dim], node.meta["device"])
@@ -274,11 +220,11 @@ def _channel_dim(model: fx.GraphModule, node: fx.Node) -> int:
         if source.op == "call_module":
             module = model.get_submodule(source.target)
             if isinstance(module, _CHANNELS_LAST):
-                return 1 if len(_shape(node) or ()) == 2 else -1
+                return 1 if len(node_shape(node) or ()) == 2 else -1
             if isinstance(module, _CHANNELS_FIRST):
                 return 1
         if source.op == "call_function" and source.target in (F.linear, F.layer_norm):
-            return 1 if len(_shape(node) or ()) == 2 else -1
+            return 1 if len(node_shape(node) or ()) == 2 else -1
         source = source.args[0] if source.args else None
     return 1
 
@@ -297,14 +243,14 @@ def _replace_addition(model: fx.GraphModule, node: fx.Node) -> None:
     a, b = node.args
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or "get_attr" in (a.op, b.op) or a is b:
         return
-    shape = _shape(node)
-    if shape is None or len(shape) < 2 or not (_shape(a) == _shape(b) == shape):
+    shape = node_shape(node)
+    if shape is None or len(shape) < 2 or not (node_shape(a) == node_shape(b) == shape):
         return
     if node.target in (operator.iadd, "add_") and len(a.users) > 1:
         return  # a changes under the feet of its other users: left alone
     if a in _ancestors(b):
         a, b = b, a  # the skip is what the other operand was computed from
-    name = _free_name(model, ".".join(filter(None, [_owner(node), "add"])))
+    name = free_name(model, ".".join(filter(None, [_owner(node), "add"])))
     model.add_submodule(name, SelectiveAdd(channel_dim=1 if len(shape) in (2, 4, 5) else -1, inplace=_overwritable(model, a)))
     with model.graph.inserting_before(node):
         call = model.graph.call_module(name, (a, b))
@@ -332,74 +278,10 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _inline_addition(model: fx.GraphModule, node: fx.Node) -> None:
-    """Replace a SelectiveAdd by plain operations."""
-    module: SelectiveAdd = model.get_submodule(node.target)  # type: ignore[assignment]
-    a, b = node.args
-    with model.graph.inserting_before(node):
-        if module.index is not None:
-            # A lost channel reads the zero channel that is appended to the skip.
-            index = torch.where(module.index < 0, module.inverse.numel(), module.index)
-            name = f"{node.target}_index"
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_buffer(leaf, index)
-            last = -module.channel_dim if module.channel_dim < 0 else len(_shape(node) or ()) - module.channel_dim
-            padding = [0, 0] * (last - 1) + [0, 1]
-            padded = model.graph.call_function(F.pad, (b, padding))
-            b = model.graph.call_function(torch.index_select, (padded, module.channel_dim, model.graph.get_attr(name)))
-        total = model.graph.call_function(operator.add, (a, b))
-    total.meta = dict(node.meta)
-    node.replace_all_uses_with(total)
-    model.graph.erase_node(node)
-
-
-_DROPOUTS: dict[Any, type[nn.Module]] = {
-    F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d,
-    F.alpha_dropout: nn.AlphaDropout, F.feature_alpha_dropout: nn.FeatureAlphaDropout,
-}
-
-
-def _inline_dropouts(model: fx.GraphModule) -> None:
-    """Replace functional dropouts that ask a `TrainingFlag` by modules that have a mode of their own."""
-    flags = {node for node in model.graph.nodes if node.op == "call_module" and node.target == FLAG}
-    for node in list(model.graph.nodes):
-        if node.op != "call_function" or node.target not in _DROPOUTS or not flags & set(node.all_input_nodes):
-            continue
-        given = {**dict(zip(("input", "p", "training", "inplace"), node.args)), **node.kwargs}
-        if given.get("training") not in flags:
-            continue
-        module = _DROPOUTS[node.target](given.get("p", 0.5), bool(given.get("inplace", False)))
-        name = _free_name(model, "dropout")
-        model.add_submodule(name, module.train(model.get_submodule(FLAG).training))
-        with model.graph.inserting_before(node):
-            call = model.graph.call_module(name, (given["input"],))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        model.graph.erase_node(node)
-    for flag in flags:
-        if not flag.users:
-            model.graph.erase_node(flag)
-
-
-def _restore_shapes(model: nn.Module, plain: fx.GraphModule) -> None:
-    """Shapes of the nodes, which a pickled GraphModule loses and a selection's padding needs."""
-    inputs = remembered_inputs(model)
-    if inputs is not None and any(node.op == "call_module" and _shape(node) is None for node in plain.graph.nodes):
-        _propagate_shapes(plain, materialise(plain, inputs))
-
-
 # --- graph plumbing --------------------------------------------------------------------------------------------------
 
 
-def _as_tuple(example_inputs: Tensor | Sequence[Any]) -> tuple[Any, ...]:
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
-    if isinstance(example_inputs, (tuple, list)) and example_inputs:
-        return tuple(example_inputs)
-    raise TypeError(f"example_inputs must be a tensor or a non-empty tuple, got {type(example_inputs).__name__}")
-
-
-def _propagate_shapes(model: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+def propagate_shapes(model: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
     """Give every node meta["tensor_meta"] and meta["device"] by running the graph on fake tensors in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -424,7 +306,7 @@ def _propagate_shapes(model: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
             module.training = training
 
 
-def _shape(node: fx.Node) -> torch.Size | None:
+def node_shape(node: fx.Node) -> torch.Size | None:
     return getattr(node.meta.get("tensor_meta"), "shape", None)
 
 
@@ -434,7 +316,7 @@ def _owner(node: fx.Node) -> str:
     return list(stack.values())[-1][0] if stack else ""
 
 
-def _free_name(model: nn.Module, name: str) -> str:
+def free_name(model: nn.Module, name: str) -> str:
     parent, _, leaf = name.rpartition(".")
     # the traced model has no module where one without children was called as a function
     owner = _get_submodule_or_none(model, parent)
@@ -452,7 +334,7 @@ def _get_submodule_or_none(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
