@@ -5,7 +5,8 @@ The public names, all importable as `demp_kernels.<name>`:
     modules      DemPReLU, DemPLeakyReLU, DemPGELU, DemPSiLU, DemPBatchNormAct2d
     preparation  prepare, swap_activations, finalize
     compaction   compact, shrink_to, CompactionReport, CompactionError, UnitGraph
-    training     DemP, Steering, save_checkpoint, load_checkpoint, save_sharded, load_sharded
+    training     DemP, Steering, save_checkpoint, load_checkpoint, save_sharded, load_sharded,
+                 compact_sharded
     kernels      functional.relu and its like, build_info, tune_allocator
 """
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .training import (
     DemP,
     DemPReport,
     Steering,
+    compact_sharded,
     load_checkpoint,
     load_sharded,
     save_checkpoint,
@@ -31,6 +33,6 @@ from .version import __version__
 __all__ = [
     "CheckpointError", "CompactionError", "CompactionReport", "DemP", "DemPActivation", "DemPBatchNormAct2d", "DemPGELU",
     "DemPLeakyReLU", "DemPReLU", "DemPReport", "DemPSiLU", "PrepareError", "SelectiveAdd", "Steering", "UnitGraph",
-    "__version__", "build_info", "compact", "finalize", "functional", "load_checkpoint", "load_sharded", "prepare",
-    "save_checkpoint", "save_sharded", "shrink_to", "swap_activations", "tune_allocator",
+    "__version__", "build_info", "compact", "compact_sharded", "finalize", "functional", "load_checkpoint",
+    "load_sharded", "prepare", "save_checkpoint", "save_sharded", "shrink_to", "swap_activations", "tune_allocator",
 ]

@@ -1,0 +1,94 @@
+"""Removal in a model that FSDP2 (`torch.distributed.fsdp.fully_shard`) keeps in shards: gather, compact, shard again."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from ..compaction import CompactionReport, compact
+from ..graph import UnitGraph
+from .distributed import sum_counters
+from .liveness import activations_of, window_dead
+
+__all__ = ["compact_sharded"]
+
+WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def compact_sharded(
+    model: nn.Module,
+    optimizer: Optimizer,
+    plain: nn.Module,
+    build: Callable[[nn.Module], tuple[nn.Module, Optimizer]],
+    *,
+    graph: UnitGraph,
+    dead: dict[str, Tensor] | None = None,
+    round_to: int = 1,
+    min_units: int = 1,
+) -> tuple[nn.Module, Optimizer, CompactionReport]:
+    """Remove dead units from a sharded model: (the new sharded model, its optimiser, what was removed).
+
+        plain = dk.prepare(net, example)
+        graph = UnitGraph.trace(plain, example)
+        def build(net):
+            fully_shard(net)
+            return net, torch.optim.AdamW(net.parameters(), lr=1e-3)
+        model, optimizer = build(copy.deepcopy(plain))
+        ...                                                   # and every few hundred steps, on all ranks:
+        model, optimizer, report = compact_sharded(model, optimizer, plain, build, graph=graph)
+
+    A sharded parameter cannot be given another size, so model and optimiser are made anew by `build`; weights, buffers
+    and optimiser state are carried over, gradients are not: call it between `zero_grad()` and the next backward. If nothing
+    is removed, `model` and `optimizer` come back as they are. Learning rates are carried over too, but a scheduler still
+    holds the old optimiser. While it works every rank holds the whole model and optimiser state.
+
+    Args:
+        plain: the prepared model before it was sharded, with the widths that `model` has. It is compacted along, and holds
+            the current weights afterwards.
+        build: shards a copy of `plain` and makes its optimiser, with the same parameter groups each time.
+        graph: of `plain`; it follows.
+        dead: by default the units that were not active on any rank since the counters were reset.
+
+    Raises CompactionError if the model or the optimiser's state cannot be shrunk.
+    """
+    if dead is None:
+        counted = [m for m in activations_of(model).values() if m.active is not None]
+        sum_counters([counter for m in counted for counter in (m.active, m.seen) if counter is not None])
+        dead = {name: mask for name, mask in window_dead(model).items() if name in graph.units}
+        for module in counted:
+            module.reset_counts()  # a window ends with its decision, whatever it is
+    state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    set_model_state_dict(plain, get_model_state_dict(model, options=WHOLE))
+    gathered = _Gathered(plain, state)
+    report = compact(plain, cast(Optimizer, gathered), dead=dead, graph=graph, round_to=round_to, min_units=min_units)
+    if not report.changed:
+        return model, optimizer, report
+    gathered.fill(state)
+    modes = {name: module.training for name, module in model.named_modules()}
+    model, optimizer = build(copy.deepcopy(plain))
+    for name, module in model.named_modules():
+        module.training = modes.get(name, module.training)
+    set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+    return model, optimizer, report
+
+
+class _Gathered:
+    """What `compact` needs of an optimiser, made of a whole state dict: state by parameter of the plain model."""
+
+    def __init__(self, plain: nn.Module, state: dict[str, Any]) -> None:
+        self._parameters = dict(plain.named_parameters())
+        self.state = {self._parameters[name]: entries for name, entries in state["state"].items()}
+        self.param_groups = [{"params": list(self._parameters.values())}]
+
+    def fill(self, state: dict[str, Any]) -> None:
+        state["state"] = {name: self.state[p] for name, p in self._parameters.items() if p in self.state}
