@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen, unknown = _parser(name).parse_known_args(arguments)
         if unknown:
             raise RecipeError(f"unrecognized arguments: {' '.join(unknown)}")
+        if name in COMMANDS and name != "train" and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise RecipeError(f"runs in one process (demp train in several), got WORLD_SIZE={processes}")
         code = chosen.run(chosen) or 0
         sys.stdout.flush()
         return code

@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import RecipeError, need
 from .folder import SCANNED, FolderBatches, load_folder, too_few_images
 from .order import EpochOrder
+from .ranks import Ranks
 
 __all__ = ["DATA", "ImageData", "ImageTensors", "TensorBatches", "load_data"]
 
@@ -63,18 +64,19 @@ class TensorBatches:
         images: (N, C, H, W) uint8. labels: (N,) int64. mean, std: (C,) of the pixels.
         training: shuffle, augment, drop the incomplete batch.
         resize: side of the images that come out, bilinear; None leaves them.
+        ranks: all of them draw the same batches; each is given its share.
     """
 
     def __init__(
         self, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, *, batch_size: int, training: bool,
-        seed: int = 0, shift: int = 0, flip: bool = False, resize: int | None = None,
+        seed: int = 0, shift: int = 0, flip: bool = False, resize: int | None = None, ranks: Ranks = Ranks(),
     ) -> None:
         self.images, self.labels = images, labels
         # (x - mean) / std as one multiplication and one addition
         self.scale = (1 / std).view(-1, 1, 1)
         self.offset = (-mean / std).view(-1, 1, 1)
         self.batch_size, self.training, self.shift, self.flip, self.resize = batch_size, training, shift, flip, resize
-        self.order = EpochOrder(seed)
+        self.order, self.ranks = EpochOrder(seed), ranks
 
     @property
     def samples(self) -> int:
@@ -86,22 +88,27 @@ class TensorBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.images.device
         if not self.training:
-            for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size)):
-                yield self._pixels(images), labels
+            for index in torch.arange(self.samples, device=device).split(self.batch_size):
+                index = index[self.ranks.share(len(index))]
+                if len(index):
+                    yield self._pixels(self.images[index]), self.labels[index]
             return
         order = self.order.begin(lambda generator: torch.randperm(self.samples, generator=generator), len(self))
         order = order.to(device)
         for batch in range(self.order.position, len(self)):
             index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            images = self._pixels(self._augmented(self.images[index]))
+            share = self.ranks.share(len(index))
+            images = self._pixels(self._augmented(index, share))
             self.order.position = batch + 1
-            yield images, self.labels[index]
+            yield images, self.labels[index[share]]
 
     def scan(self, count: int = SCANNED) -> Iterator[Tensor]:
         """`count` images (or all there are), fresh ones each time, not augmented, in batches."""
         chosen = torch.randperm(self.samples, generator=self.order.generator)[:count].to(self.images.device)
         for index in chosen.split(self.batch_size):
-            yield self._pixels(self.images[index])
+            index = index[self.ranks.share(len(index))]
+            if len(index):
+                yield self._pixels(self.images[index])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the passes over the data are, of training batches."""
@@ -116,15 +123,18 @@ class TensorBatches:
             images = F.interpolate(images, size=self.resize, mode="bilinear", antialias=True)
         return images
 
-    def _augmented(self, images: Tensor) -> Tensor:
+    def _augmented(self, index: Tensor, share: slice) -> Tensor:
+        """The images `index[share]`, moved and mirrored by their part of what is drawn for all of `index`."""
+        drawn, images = len(index), self.images[index[share]]
         count, _, height, width = images.shape
         if self.shift:
             padded = F.pad(images, (self.shift,) * 4)
             windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-            top, left = torch.randint(2 * self.shift + 1, (2, count), generator=self.order.generator).to(images.device)
+            moves = torch.randint(2 * self.shift + 1, (2, drawn), generator=self.order.generator)
+            top, left = moves[:, share].to(images.device)
             images = windows[torch.arange(count, device=images.device), :, top, left]
         if self.flip:
-            mirrored = torch.rand(count, generator=self.order.generator).to(images.device) < 0.5
+            mirrored = torch.rand(drawn, generator=self.order.generator)[share].to(images.device) < 0.5
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         return images
 
@@ -225,6 +235,7 @@ DATA: dict[str, Callable[[Path | None], ImageTensors] | None] = {
 def load_data(
     name: str, folder: Path | None, *, batch_size: int, seed: int, device: torch.device,
     train_size: int | None = None, image_size: int | None = None, channels: int | None = None, workers: int = 2,
+    ranks: Ranks = Ranks(),
 ) -> ImageData:
     """A data set by name.
 
@@ -236,6 +247,7 @@ def load_data(
         image_size: resize to this side. None: as they are (224 for "folder").
         channels: 3 repeats grey images, for networks that want colour. None: as they are.
         workers: processes that decode images, for "folder".
+        ranks: each is given its share of every batch.
 
     Raises RecipeError in one line for a missing folder, a folder that is not the data set, or too few images.
     """
@@ -247,7 +259,7 @@ def load_data(
     if reader is None:
         classes, train, test, total = load_folder(
             folder, batch_size=batch_size, seed=seed, device=device, train_size=train_size,
-            image_size=image_size or 224, workers=workers,
+            image_size=image_size or 224, workers=workers, ranks=ranks,
         )
         found_channels, size = 3, image_size or 224
     else:
@@ -256,7 +268,7 @@ def load_data(
         found_channels = channels or tensors.train_images.shape[1]
         size = image_size or tensors.train_images.shape[-1]
         classes, total = int(tensors.train_labels.max()) + 1, len(tensors.train_labels)
-        train, test = _batches(tensors, batch_size, seed, device, train_size, image_size, found_channels)
+        train, test = _batches(tensors, batch_size, seed, device, train_size, image_size, found_channels, ranks)
     if len(train) == 0:
         raise too_few_images(train.samples, batch_size)
     return ImageData(name, classes, found_channels, size, train, test, total)
@@ -264,7 +276,7 @@ def load_data(
 
 def _batches(
     tensors: ImageTensors, batch_size: int, seed: int, device: torch.device, train_size: int | None,
-    resize: int | None, channels: int,
+    resize: int | None, channels: int, ranks: Ranks,
 ) -> tuple[TensorBatches, TensorBatches]:
     images, labels = tensors.train_images, tensors.train_labels
     if train_size is not None and train_size < len(labels):
@@ -279,11 +291,11 @@ def _batches(
     stats = (mean.expand(channels).to(device), std.expand(channels).to(device))
     train = TensorBatches(
         placed(images), labels.to(device), *stats, batch_size=batch_size, training=True, seed=seed,
-        shift=tensors.shift, flip=tensors.flip, resize=resize,
+        shift=tensors.shift, flip=tensors.flip, resize=resize, ranks=ranks,
     )
     test = TensorBatches(
         placed(tensors.test_images), tensors.test_labels.to(device), *stats, batch_size=max(batch_size, 256),
-        training=False, resize=resize,
+        training=False, resize=resize, ranks=ranks,
     )
     return train, test
 

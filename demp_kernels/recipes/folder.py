@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset
 
 from .errors import RecipeError, need
 from .order import EpochOrder
+from .ranks import Ranks
 
 __all__ = ["SCANNED", "FolderBatches", "load_folder", "too_few_images"]
 
@@ -58,13 +59,13 @@ class FolderBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the passes over the data are, of training batches."""
-        sampler: Any = self.plain.sampler
-        return {"order": self.order.state_dict(), "scans": sampler.generator.get_state()}
+        shares: Any = self.plain.batch_sampler
+        return {"order": self.order.state_dict(), "scans": shares.sampler.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order.load_state_dict(state["order"])
-        sampler: Any = self.plain.sampler
-        sampler.generator.set_state(state["scans"])
+        shares: Any = self.plain.batch_sampler
+        shares.sampler.generator.set_state(state["scans"])
 
     def _pixels(self, images: Tensor) -> Tensor:
         return (images.to(self.device, non_blocking=True).float() - self.mean) / self.std
@@ -86,6 +87,19 @@ class SeededOrder(Sampler[tuple[int, int]]):
 
     def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return torch.randperm(self.samples, generator=generator), torch.randint(2**62, (self.samples,), generator=generator)
+
+
+class Shares(BatchSampler):
+    """A rank's shares of the batches of all ranks."""
+
+    def __init__(self, order: Sampler[Any], batch_size: int, drop_last: bool, ranks: Ranks) -> None:
+        super().__init__(order, batch_size, drop_last)
+        self.ranks = ranks
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in super().__iter__():
+            if share := batch[self.ranks.share(len(batch))]:
+                yield share
 
 
 class SeededImages(Dataset):
@@ -110,13 +124,13 @@ class SeededImages(Dataset):
 
 def load_folder(
     folder: Path | None, *, batch_size: int, seed: int, device: torch.device, train_size: int | None, image_size: int,
-    workers: int,
+    workers: int, ranks: Ranks = Ranks(),
 ) -> tuple[int, FolderBatches, FolderBatches, int]:
     """(classes, training batches, test batches, training images there are).
 
     `folder` has train/ and val/ (or test/), each with one sub-folder a class; or only the sub-folders of the classes,
     of which a fifth of the images, the same in every run, then becomes the test set. Training images are cropped and
-    mirrored at random, test images at the centre.
+    mirrored at random, test images at the centre. All ranks draw the same batches, each loads its share.
     """
     if folder is None:
         raise RecipeError("data-dir is required for data 'folder', got none")
@@ -129,19 +143,20 @@ def load_folder(
     if batch_size > len(train):
         raise too_few_images(len(train), batch_size)
 
-    def loader(images: Dataset, stay: bool = True, **options: Any) -> DataLoader:
+    def loader(images: Dataset, order: Sampler[Any], drop_last: bool = False, stay: bool = True) -> DataLoader:
         # a generator of its own: a loader draws seeds for its workers, which must not move torch's global one
         return DataLoader(
-            images, batch_size, num_workers=workers, persistent_workers=stay and workers > 0,
-            pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(seed), **options,
+            images, batch_sampler=Shares(order, batch_size, drop_last, ranks), num_workers=workers,
+            persistent_workers=stay and workers > 0, pin_memory=device.type == "cuda",
+            generator=torch.Generator().manual_seed(seed),
         )
 
     some = RandomSampler(plain, num_samples=min(SCANNED, len(plain)), generator=torch.Generator().manual_seed(seed))
-    plain_loader = loader(plain, stay=False, sampler=some)
+    plain_loader = loader(plain, some, stay=False)
     order = EpochOrder(seed)
     sampler = SeededOrder(len(train), batch_size, order)
-    training = FolderBatches(loader(SeededImages(train), sampler=sampler, drop_last=True), device, plain_loader, order)
-    return classes, training, FolderBatches(loader(test), device), total
+    training = FolderBatches(loader(SeededImages(train), sampler, drop_last=True), device, plain_loader, order)
+    return classes, training, FolderBatches(loader(test, SequentialSampler(test)), device), total
 
 
 def too_few_images(images: int, batch_size: int) -> RecipeError:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..compaction import CompactionError
 from ..graph import PrepareError
 from ..training import CheckpointError, load_checkpoint, save_checkpoint
+from ..training.distributed import mean_over_ranks, rebuild_wrapper, sum_counters
 from .data import ImageData, load_data
 from .errors import RecipeError
 from .flops import count_flops, count_parameters
@@ -27,9 +28,10 @@ from .machine import StepClock
 from .methods import Method, Plan
 from .models import MODELS, build_model, is_convolutional
 from .optimisation import build_optimizer, build_schedule
+from .ranks import current_ranks
 from .settings import TrainSettings
 
-__all__ = ["RunResult", "Training", "Watcher", "new_model", "read_data", "warm_up"]
+__all__ = ["RunResult", "Stopped", "Training", "Watcher", "new_model", "read_data", "warm_up"]
 
 ROWS = 200
 """Rows that a run writes into its log, about; the ends of epochs come on top."""
@@ -63,6 +65,10 @@ class RunResult:
         return self.steps == self.total_steps > 0
 
 
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop and has, behind the same step on every rank; what was known then is on record."""
+
+
 class Watcher(Protocol):
     """Told of every row that a run logs: a progress display, a file."""
 
@@ -79,14 +85,17 @@ class Training:
         settings: resolved. method: what to add to plain training. data: batches on the device.
         watchers: told of every logged row.
 
-    Equal settings give equal initial weights and equal batches, whatever the method.
+    Equal settings give equal initial weights and equal batches, whatever the method and on however many ranks. Under
+    torchrun every rank has one of these and calls its methods at the same moments: `run`, `evaluate`, `save`, `load`.
     """
 
     def __init__(self, settings: TrainSettings, method: Method, data: ImageData, watchers: list[Watcher]) -> None:
         self.settings, self.method, self.data, self.watchers = settings, method, data, watchers
-        self.device = torch.device(settings.device)
+        self.device, self.ranks = torch.device(settings.device), current_ranks()
         torch.manual_seed(settings.seed)
         model = new_model(settings, data)
+        if settings.sync_batchnorm and self.ranks.count > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.layout = torch.channels_last if wants_channels_last(settings, model) else torch.contiguous_format
         model = model.to(self.device, memory_format=self.layout)
         steps_per_epoch = len(data.train)
@@ -102,23 +111,24 @@ class Training:
         example = torch.zeros(2, data.channels, data.image_size, data.image_size, device=self.device)
         try:
             self.model = method.prepare(model, example.contiguous(memory_format=self.layout))
+            self._wrapped = self.ranks.wrapped(self.model)
             self.optimizer = build_optimizer(settings, self.model.parameters())
             self.schedule = build_schedule(settings, self.optimizer, total_steps)
             plan = Plan(settings, total_steps, steps_per_epoch, self._scan_batches, self._labelled_batches)
-            method.attach(self.model, self.optimizer, plan)
+            method.attach(self._wrapped, self.optimizer, plan)
         except (PrepareError, CompactionError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(f"{settings.model} cannot be trained with {method.name}: {reason}") from error
         self.result.setup_seconds = time.perf_counter() - began
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
-        self._step_model = torch.compile(self.model, dynamic=False) if settings.compile else self.model
+        self._step_model = torch.compile(self._wrapped, dynamic=False) if settings.compile else self._wrapped
         self._measure_model()
 
     # --- running ---
 
     def run(self, checkpoint: Path | None = None) -> RunResult:
-        """Train to the end. Ctrl-C or SIGTERM stops it after the step that is running, with KeyboardInterrupt.
+        """Train to the end. Ctrl-C or SIGTERM, on any rank, stops it after the step that is running, with `Stopped`.
 
         checkpoint: is written every `save_every` steps (by default once an epoch), after a stop, and at the end.
         Raises RecipeError if it cannot be written.
@@ -146,58 +156,74 @@ class Training:
             at_end = result.steps == last
             if at_end or result.steps % self._every == 0:
                 self._log(self.evaluate() if at_end else None)
-            if checkpoint is not None and (stop or result.finished or result.steps % save_every == 0):
+            stopping = self.ranks.any(bool(stop))
+            if checkpoint is not None and (stopping or result.finished or result.steps % save_every == 0):
                 self.save(checkpoint)
-            if stop:
+            if stopping:
                 if self._logged < result.steps:
                     self._log(None)  # for the report; not in the checkpoint, so that a resumed run has no row too many
-                raise KeyboardInterrupt
+                raise Stopped
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
         images = images.contiguous(memory_format=self.layout)
-        with self._autocast():
-            task = F.cross_entropy(self._step_model(images), labels, label_smoothing=self.settings.label_smoothing)
-        self.scaler.scale(task).backward()
+        task, parts = torch.zeros((), device=self.device), self.settings.accumulate
+        for number, part in enumerate(zip(images.chunk(parts), labels.chunk(parts)), start=1):
+            # ranks exchange their gradients once, when the last part has added its own
+            with nullcontext() if number == parts else self.ranks.no_exchange(self._wrapped):
+                task += self._backward(*part)
         self.scaler.unscale_(self.optimizer)
         self.method.penalise()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        changed = self.method.step(task.detach())
+        changed = self.method.step(task)
         self.schedule.step()
         if changed and self.settings.compile:
             # every removal is a new shape; after eight of one function torch.compile would go on without compiling
             torch.compiler.reset()
-        return task.detach(), changed
+        return task, changed
+
+    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Add a part's gradients to those that are there. Returns its share of the loss of this rank's batch."""
+        with self._autocast():
+            output = self._step_model(images)
+            task = F.cross_entropy(output, labels, label_smoothing=self.settings.label_smoothing) / self.settings.accumulate
+        self.scaler.scale(task).backward()
+        return task.detach()
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Share of the test images that are classified correctly. Not part of the training time."""
         self.model.eval()
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        count = 0
+        self.ranks.align_buffers(self.model)
+        right, count = torch.zeros((2, 1), dtype=torch.int64, device=self.device)
         for images, labels in self.data.test:
             with self._autocast():
                 output = self.model(images.contiguous(memory_format=self.layout))
             right += (output.argmax(1) == labels).sum()
             count += len(labels)
         self.model.train()
-        return right.item() / count
+        sum_counters([right, count])
+        return right.item() / count.item()
 
     # --- bookkeeping ---
 
     def save(self, path: Path) -> None:
-        """A checkpoint from which `load` goes on bit for bit. Raises RecipeError if it cannot be written."""
+        """A checkpoint from which `load` goes on bit for bit, written by rank 0. Raises RecipeError if it cannot be."""
+        tasks = self.ranks.gathered(self._task)
+        if not self.ranks.first:
+            return
         self.clock.flush()
         training = {
             "result": asdict(self.result),
             "seconds": torch.tensor(self.clock.seconds, dtype=torch.float64),
-            "task": self._task,
+            "tasks": tasks,
             "logged": self._logged,
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "data": self.data.train.state_dict(),
             "threads": torch.get_num_threads(),
+            "processes": self.ranks.count,
         }
         extra = {"settings": self.settings.as_json(), "steps": self.result.steps, "training": training}
         try:
@@ -205,9 +231,9 @@ class Training:
         except OSError as error:
             raise RecipeError(f"{path}: {error.strerror}") from error
 
-    def load(self, path: Path) -> int:
-        """Go on from a checkpoint of the same run. Returns the threads that it was made with: with another number the
-        last bits differ. Raises RecipeError if it is damaged or of another run; this object is of no use then."""
+    def load(self, path: Path) -> tuple[int, int]:
+        """Go on from a checkpoint of the same run. Returns the threads and the processes that it was made with: with other
+        numbers the last bits differ. Raises RecipeError if it is damaged or of another run; this object is of no use then."""
         try:
             extra = load_checkpoint(path, self.model, self.optimizer, self.method.controller)
             saved = extra["training"]
@@ -216,20 +242,24 @@ class Training:
                 raise CheckpointError(f"{path} is of a run {result.name} of {result.total_steps} steps")
             self.result = result
             self.clock.seconds = saved["seconds"].tolist()
-            self._task, self._logged = saved["task"].to(self.device), saved["logged"]
+            tasks = saved["tasks"].to(self.device)
+            self._task = (tasks[self.ranks.rank] if len(tasks) == self.ranks.count else tasks.mean()).clone()
+            self._logged = saved["logged"]
             self.schedule.load_state_dict(saved["schedule"])
             self.scaler.load_state_dict(saved["scaler"])
             self.data.train.load_state_dict(saved["data"])
+            made_with = saved["threads"], saved["processes"]
         except (CheckpointError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise RecipeError(f"out cannot be resumed: {' '.join(str(error).split())}") from error
+        rebuild_wrapper(self._wrapped)
         for watcher in self.watchers:
             watcher.restored(result)
-        return saved["threads"]
+        return made_with
 
     def _log(self, accuracy: float | None) -> None:
         result = self.result
         steps = result.steps - self._logged
-        loss = self._task.item() / steps
+        loss = mean_over_ranks(self._task).item() / steps
         self._task.zero_()
         self._logged = result.steps
         if not math.isfinite(loss):
@@ -276,11 +306,13 @@ class Training:
 
 def read_data(settings: TrainSettings) -> ImageData:
     """The data set of a run, with a fresh order of batches. Raises RecipeError in one line if it cannot be had."""
-    return load_data(
-        settings.data, settings.data_dir, batch_size=settings.batch_size, seed=settings.seed,
-        device=torch.device(settings.device), train_size=settings.train_size, image_size=settings.image_size,
-        channels=None if settings.model in MODELS else 3, workers=settings.workers,
-    )
+    ranks = current_ranks()
+    with ranks.first_goes_first():
+        return load_data(
+            settings.data, settings.data_dir, batch_size=settings.batch_size, seed=settings.seed,
+            device=torch.device(settings.device), train_size=settings.train_size, image_size=settings.image_size,
+            channels=None if settings.model in MODELS else 3, workers=settings.workers, ranks=ranks,
+        )
 
 
 def warm_up(settings: TrainSettings, data: ImageData) -> None:
@@ -291,9 +323,10 @@ def warm_up(settings: TrainSettings, data: ImageData) -> None:
     device = torch.device(settings.device)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
+    count = settings.batch_size // (current_ranks().count * settings.accumulate)
     for _ in range(2):
-        images = torch.randn(settings.batch_size, data.channels, data.image_size, data.image_size, device=device)
-        F.cross_entropy(model(images), torch.zeros(settings.batch_size, dtype=torch.int64, device=device)).backward()
+        images = torch.randn(count, data.channels, data.image_size, data.image_size, device=device)
+        F.cross_entropy(model(images), torch.zeros(count, dtype=torch.int64, device=device)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

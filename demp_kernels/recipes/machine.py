@@ -12,6 +12,7 @@ import torch
 from ..build_info import tune_allocator
 from ..ops import backend
 from ..version import __version__
+from .ranks import current_ranks, local_device
 
 __all__ = ["StepClock", "machine_facts", "prepare_machine", "processor", "versions"]
 
@@ -25,7 +26,7 @@ def prepare_machine(device: torch.device, threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_device(device))
     tune_allocator()
 
 
@@ -42,7 +43,8 @@ def processor() -> str:
 def machine_facts(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(), "system": platform.platform(),
+        "processes": current_ranks().count, "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)

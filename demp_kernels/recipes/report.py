@@ -155,10 +155,11 @@ def _cards(content: dict[str, Any]) -> list[tuple[str, str]]:
 def _subtitle(content: dict[str, Any]) -> str:
     settings, data, machine = content["settings"], content["data"], content["machine"]
     width = f"width {settings['width']}, " if settings["width"] else ""
+    processes = f"{machine['processes']} processes of " if machine["processes"] > 1 else ""
     return (
         f"{width}{data['train_images']:,} training and {data['test_images']:,} test images, "
         f"{settings['epochs']} epochs, batch {settings['batch_size']}, seed {settings['seed']}. "
-        f"{machine.get('gpu') or machine['processor']}, {machine['threads']} threads, "
+        f"{machine.get('gpu') or machine['processor']}, {processes}{machine['threads']} threads, "
         f"torch {content['versions']['torch']}. {content['date'][:10]}."
     )
 

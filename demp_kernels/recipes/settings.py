@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from ..training import Steering
 from ..training.penalty import PENALTY_TARGETS
 from .data import DATA
 from .errors import RecipeError
+from .ranks import announced, current_ranks
 
 __all__ = ["DEFAULTS", "TrainSettings", "defaults_for", "resolve_device"]
 
+COUNTS = (
+    "width", "image_size", "train_size", "epochs", "batch_size", "prune_every", "round_to", "threads", "save_every", "accumulate",
+)
 CRITERIA = ("window", "scan")
 OPTIMIZERS = ("adamw", "sgd")
 LR_SCHEDULES = ("one-cycle", "steps", "constant")
@@ -64,6 +69,8 @@ class TrainSettings:
     amp: str | None = None
     channels_last: bool | None = None
     compile: bool = False
+    accumulate: int = 1
+    sync_batchnorm: bool = False
     baseline: bool = True
     tensorboard: bool = False
     workers: int = 2
@@ -86,7 +93,7 @@ class TrainSettings:
         return filled
 
     def _check(self) -> None:
-        for name in ("width", "image_size", "train_size", "epochs", "batch_size", "prune_every", "round_to", "threads", "save_every"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{_flag(name)} must be at least 1, got {value}")
@@ -125,6 +132,14 @@ class TrainSettings:
             raise RecipeError(f"amp must be one of {', '.join(AMP)}, got {self.amp!r}")
         if self.amp == "fp16" and not self.device.startswith("cuda"):
             raise RecipeError(f"amp fp16 needs a CUDA device (bf16 works everywhere), got device {self.device}")
+        if self.sync_batchnorm and not self.device.startswith("cuda"):
+            raise RecipeError(f"sync-batchnorm needs CUDA devices, as torch's SyncBatchNorm does, got device {self.device}")
+        processes = current_ranks().count
+        if self.batch_size % (processes * self.accumulate):
+            raise RecipeError(
+                f"batch-size must be a multiple of processes times accumulate, {processes} x {self.accumulate}, "
+                f"got {self.batch_size}"
+            )
         if self.out.exists() and not self.out.is_dir():
             raise RecipeError(f"out must be a folder, got the file {self.out}")
 
@@ -159,7 +174,7 @@ def defaults_for(data: str, model: str) -> dict[str, Any]:
 def resolve_device(name: str) -> torch.device:
     """"auto" is CUDA where there is one, else the CPU. Raises RecipeError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -169,9 +184,22 @@ def resolve_device(name: str) -> torch.device:
             raise RecipeError(f"device {name} is not there: torch {torch.__version__} finds no usable CUDA device")
         if (device.index or 0) >= torch.cuda.device_count():
             raise RecipeError(f"device {name} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        if announced() > 1:
+            _check_own(device)
     elif device.type != "cpu":
         raise RecipeError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return device
+
+
+def _check_own(device: torch.device) -> None:
+    """Raises RecipeError if the processes of this machine would not have a GPU each."""
+    if device.index is not None:
+        raise RecipeError(f"device must be auto, cpu or cuda where each process has a GPU of its own, got {device}")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > torch.cuda.device_count():
+        raise RecipeError(
+            f"nproc-per-node must be at most the CUDA devices of this machine, {torch.cuda.device_count()}, got {processes}"
+        )
 
 
 def _flag(name: str) -> str:

@@ -9,9 +9,10 @@ import torch
 from .data import ImageData
 from .errors import RecipeError, need
 from .logs import CsvLog, TensorBoardLog, write_units
-from .loop import RunResult, Training, read_data, warm_up
+from .loop import RunResult, Stopped, Training, read_data, warm_up
 from .machine import machine_facts, prepare_machine, versions
 from .methods import Demon, Dense, Method
+from .ranks import Ranks, current_ranks
 from .resume import begin_run, begun_settings, check_same_run
 from .settings import TrainSettings
 
@@ -30,7 +31,8 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
         threads its weights end bit for bit as if it had never been stopped. Without one there, begin.
 
     Returns what summary.json holds. After Ctrl-C the same files say what was known, `interrupted` is true, and
-    KeyboardInterrupt goes on. Raises RecipeError, in one line, for what cannot be trained, or resumed with other settings.
+    KeyboardInterrupt goes on. Of several ranks (see `ranks.joined`) the first prints and writes; `out` must be a folder that
+    all of them see. Raises RecipeError, in one line, for what cannot be trained, or resumed with other settings.
     """
     # found missing now rather than when hours of training are to be written down
     for module in ("rich", "matplotlib"):
@@ -40,7 +42,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     from . import report
     from .progress import ProgressDisplay
 
-    settings = settings.resolved()
+    settings, ranks = settings.resolved(), current_ranks()
     begun = begun_settings(settings.out) if resume else None
     if begun is not None:
         check_same_run(settings, begun)
@@ -49,14 +51,14 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     data = read_data(settings)
     warm_up(settings, data)
     out = _folder(settings.out)
-    console = Console()
-    console.print(_headline(settings, data), highlight=False, soft_wrap=True)
+    console = Console(quiet=not ranks.first)
+    console.print(_headline(settings, data, ranks), highlight=False, soft_wrap=True)
     checkpoints = {name: out / file for name, file in CHECKPOINTS.items()}
-    if begun is None:
-        begin_run(settings, list(checkpoints.values()), resume)
+    with ranks.first_goes_first():
+        if begun is None and ranks.first:
+            begin_run(settings, list(checkpoints.values()), resume)
 
-    log = CsvLog(out / "metrics.csv")
-    logs: list[CsvLog | TensorBoardLog] = [log, TensorBoardLog(out / "tensorboard")] if settings.tensorboard else [log]
+    logs = _logs(settings, out) if ranks.first else []
     facts = {"machine": machine_facts(torch.device(settings.device)), "versions": versions()}
     methods: list[Method] = [Dense(), Demon()] if settings.baseline else [Demon()]
     runs: list[RunResult] = []
@@ -66,10 +68,12 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
             for method in methods:
                 training = Training(settings, method, read_data(settings), [*logs, progress])
                 if checkpoints[method.name].is_file():
-                    _note_threads(console, training.load(checkpoints[method.name]))
+                    _note_other(console, ranks, *training.load(checkpoints[method.name]))
                 runs.append(training.result)
                 training.run(checkpoints[method.name])
     except KeyboardInterrupt as error:
+        if ranks.count > 1 and not isinstance(error, Stopped):
+            raise  # this rank alone knows
         stopped = error
     finally:
         for each in logs:
@@ -78,21 +82,37 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     runs = [run for run in runs if run.rows]
     if stopped is not None and not runs:
         raise stopped
+    content = report.summary(runs, settings, data, facts)
+    if ranks.first:
+        files = _write(out, runs, content)
+        console.print(report.terminal_table(content))
+        console.print(f"{'stopped; ' if stopped else ''}written to {out}: report.html, {', '.join(files)}", soft_wrap=True)
+        if stopped is not None:
+            console.print(f"demp train --resume --out {settings.out} goes on with it", highlight=False, soft_wrap=True)
+    ranks.any(False)  # torchrun ends all ranks when the first one has ended with an error, a stop included
+    if stopped is not None:
+        raise stopped
+    return content
+
+
+def _logs(settings: TrainSettings, out: Path) -> list[CsvLog | TensorBoardLog]:
+    log = CsvLog(out / "metrics.csv")
+    return [log, TensorBoardLog(out / "tensorboard")] if settings.tensorboard else [log]
+
+
+def _write(out: Path, runs: list[RunResult], content: dict[str, Any]) -> list[str]:
+    """Write what is known at the end. Returns the names of the files, those written on the way included."""
+    from . import report
+
     files = ["metrics.csv", "summary.json"]
     for run in runs:
         if run.total:
             write_units(out / "units.csv", run)
             files.insert(1, "units.csv")
         files.append(CHECKPOINTS[run.name])
-    content = report.summary(runs, settings, data, facts)
     report.write_summary(out / "summary.json", content)
     report.write_report(out / "report.html", runs, content, files)
-    console.print(report.terminal_table(content))
-    console.print(f"{'stopped; ' if stopped else ''}written to {out}: report.html, {', '.join(files)}", soft_wrap=True)
-    if stopped is not None:
-        console.print(f"demp train --resume --out {settings.out} goes on with it", highlight=False, soft_wrap=True)
-        raise stopped
-    return content
+    return files
 
 
 def _folder(out: Path) -> Path:
@@ -103,17 +123,21 @@ def _folder(out: Path) -> Path:
     return out
 
 
-def _note_threads(console: Console, threads: int) -> None:
-    if threads != torch.get_num_threads():
-        now = torch.get_num_threads()
-        console.print(f"note: made with {threads} threads, goes on with {now}: sums round differently", highlight=False)
+def _note_other(console: Console, ranks: Ranks, threads: int, processes: int) -> None:
+    before, now = _computing(threads, processes), _computing(torch.get_num_threads(), ranks.count)
+    if before != now:
+        console.print(f"note: made with {before}, goes on with {now}: sums round differently", highlight=False)
 
 
-def _headline(settings: TrainSettings, data: ImageData) -> str:
+def _computing(threads: int, processes: int) -> str:
+    return f"{processes} processes of {threads} threads" if processes > 1 else f"{threads} threads"
+
+
+def _headline(settings: TrainSettings, data: ImageData, ranks: Ranks) -> str:
     width = f" of width {settings.width}" if settings.width else ""
     some = f" of {data.train_total:,}" if data.train.samples < data.train_total else ""
     return (
         f"{settings.model}{width} on {data.name}: {data.train.samples:,}{some} training and {data.test.samples:,} test "
         f"images, {settings.epochs} epochs of {len(data.train)} steps, {settings.device}, "
-        f"{torch.get_num_threads()} threads"
+        f"{_computing(torch.get_num_threads(), ranks.count)}"
     )

@@ -10,16 +10,21 @@ from typing import Any
 from ..training.penalty import PENALTY_TARGETS
 from .data import DATA
 from .models import MODELS
+from .ranks import joined
 from .recipe_files import read_recipe, recipe_summaries
 from .resume import begun_settings
-from .settings import AMP, CRITERIA, DEFAULTS, LR_SCHEDULES, OPTIMIZERS, WARM_UP, TrainSettings
+from .settings import AMP, CRITERIA, DEFAULTS, LR_SCHEDULES, OPTIMIZERS, WARM_UP, TrainSettings, resolve_device
 from .train import train
 
 __all__ = ["add_flags", "add_parser", "settings_from"]
 
 DESCRIPTION = """\
 Trains a dense network and the same one with DemP, whose dying units are removed on the way, under the same seed and
-budget. Prints a table; writes metrics.csv, units.csv, summary.json, report.html and checkpoints into --out."""
+budget. Prints a table; writes metrics.csv, units.csv, summary.json, report.html and checkpoints into --out.
+
+    torchrun --nproc-per-node N -m demp_kernels train ...
+
+trains on N processes, each with its share of every batch: a GPU each, or on the CPU --threads each."""
 
 # (group, flags); a flag without "type" or "action" is a text. What is not given keeps TrainSettings' default.
 FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
@@ -37,7 +42,12 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     }),
     ("training", {
         "--epochs": {"type": int, "help": "passes over the training images"},
-        "--batch-size": {"type": int, "help": "images a step"},
+        "--batch-size": {"type": int, "help": "images a step, those of all processes"},
+        "--accumulate": {"type": int, "help":
+            "go through a process's share of a batch in N parts, for less memory (default: 1); a batch norm then sees a part"},
+        "--sync-batchnorm": {"action": "store_true", "help":
+            "on several GPUs batch norms see the parts of all processes together, not each its own: with it, or in a network "
+            "without batch norm (vit), the losses are those of one process"},
         "--optimizer": {"choices": OPTIMIZERS, "help": "adamw (default), or sgd with momentum"},
         "--lr": {"type": float, "help": "peak of the learning rate"},
         "--momentum": {"type": float, "help": "of sgd (default: 0.9)"},
@@ -110,7 +120,9 @@ def _run(chosen: argparse.Namespace) -> None:
     given = given_settings(chosen)
     resume = "resume" in chosen
     begun = begun_settings(given.get("out", TrainSettings().out)) if resume else None
-    train(TrainSettings(**given) if begun is None else replace(begun, **given), resume=resume)
+    settings = TrainSettings(**given) if begun is None else replace(begun, **given)
+    with joined(resolve_device(settings.device)):
+        train(settings, resume=resume)
 
 
 def settings_from(chosen: argparse.Namespace) -> TrainSettings:

@@ -92,11 +92,13 @@ def rebuild_wrapper(model: nn.Module) -> None:
         model = getattr(model, "_orig_mod", model)
     if not isinstance(model, DistributedDataParallel):
         return
+    # torch 2.14 has a new name for it, and warns of the old one
+    buffers = "forward_sync_buffers" if hasattr(model, "forward_sync_buffers") else "broadcast_buffers"
     arguments: dict[str, Any] = {
         "device_ids": model.device_ids,
         "output_device": model.output_device,
         "dim": model.dim,
-        "broadcast_buffers": model.broadcast_buffers,
+        buffers: getattr(model, buffers),
         "process_group": model.process_group,
         "bucket_cap_mb": model.bucket_bytes_cap / (1024 * 1024),
         "find_unused_parameters": model.find_unused_parameters,

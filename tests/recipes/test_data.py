@@ -9,6 +9,7 @@ from image_files import write_cifar10, write_folder, write_idx
 
 from demp_kernels.recipes.data import TensorBatches, load_data
 from demp_kernels.recipes.errors import RecipeError
+from demp_kernels.recipes.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -157,3 +158,19 @@ def test_missing_folder_and_too_few_images(tmp_path: Path) -> None:
         load("digits", train_size=5)
     with pytest.raises(RecipeError, match="data-dir is required for data 'folder', got none"):
         load("folder")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_shares_of_ranks_are_the_whole_batch(name: str, tmp_path: Path) -> None:
+    write_cifar10(tmp_path) if name == "cifar10" else write_folder(tmp_path)
+    options = {"batch_size": 5, "workers": 0} | ({"image_size": 40} if name == "folder" else {})
+    whole = load(name, tmp_path, **options)
+    parts = [load(name, tmp_path, **options, ranks=Ranks(rank, 2)) for rank in range(2)]
+    for _ in range(2):  # a second pass draws another order, the same one on every rank
+        for (images, labels), *shares in zip(whole.train, *(part.train for part in parts), strict=True):
+            assert [len(share[1]) for share in shares] == [2, 3]
+            assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+            assert torch.equal(torch.cat([share[0] for share in shares]), images)
+        scanned = [len(torch.cat(list(part.train.scan()))) for part in (*parts, whole)]
+        assert scanned[0] + scanned[1] == scanned[2] == whole.train.samples
+    assert sum(len(labels) for part in parts for _, labels in part.test) == whole.test.samples
