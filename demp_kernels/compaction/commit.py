@@ -197,7 +197,9 @@ def _front(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _finish(plan: Plan) -> None:
-    """Selections, attributes and counters."""
+    """Constants of removed units, selections, attributes and counters."""
+    for shift in plan.shifts:
+        shift.tensor.add_(shift.by.to(shift.tensor.dtype))
     for change in plan.selections:
         change.module.keep_channels(change.out, change.skip)
     for module, attribute, value in plan.attributes:

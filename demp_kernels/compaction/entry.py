@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ..arguments import require_module
+from ..arguments import require_module, require_number
 from ..graph import AnalysisError, UnitGraph, remembered_inputs
 from ..graph.units import Keep
 from ..modules import DemPActivation
 from .commit import commit
+from .fold import Folding, as_batches
 from .optimizer import StateCut, as_optimizers, plan_states
 from .plan import CompactionError, Plan, make_plan
 from .report import CompactionReport
@@ -35,6 +36,8 @@ def compact(
     min_units: int = 1,
     graph: UnitGraph | None = None,
     followers: nn.Module | Sequence[nn.Module] | None = None,
+    fold_batches: Any = None,
+    max_change: float = float("inf"),
 ) -> CompactionReport:
     """Remove dead units from `model` and everything that belongs to them from its optimiser.
 
@@ -52,6 +55,16 @@ def compact(
         min_units: units that every activation keeps at least.
         graph: a `UnitGraph` of the model, to be used again; it follows the compaction.
         followers: copies of the model that are to be cut alike: an `AveragedModel` (EMA, SWA), a teacher, or several.
+        fold_batches: for dead units that are constant or nearly so instead of zero (a scale of zero and a shift behind a
+            smooth activation, tails of GELU, SiLU, leaky ReLU): batches of inputs (tensors, or tuples of positional
+            arguments), or a function that returns them. The model runs on them in evaluation mode, and the mean of what each
+            linear layer and convolution loses goes into its bias, or off the running mean of the BatchNorm behind it.
+            Constant units so go exactly, but for the borders of zero padding; the report's `folded` tells, layer by layer,
+            what change is left. A unit that something else reads (an addition, a layer without bias) stays, with the reason.
+            Without: units are removed as if they were zero. Dropout between a unit and its reader scatters the constant in
+            training; its mean is kept.
+        max_change: with `fold_batches`: a layer whose output would change by more than this share of its standard deviation
+            keeps its inputs that are not zero.
 
     Raises:
         CompactionError: the model or the optimiser cannot be shrunk; nothing was changed.
@@ -67,13 +80,21 @@ def compact(
     if dead is None:
         _require_counters(model)
     copies = as_followers(followers)
+    require_share("max_change", max_change)
+    batches = None if fold_batches is None else as_batches(fold_batches)
     if graph is not None and not isinstance(graph, UnitGraph):
         raise TypeError(f"graph must be a UnitGraph, got {type(graph).__name__}")
     graph = graph if graph is not None else _analyse(model, example_inputs)
     analysed = time.perf_counter()
     dead = counted_dead(model, graph) if dead is None else dead
-    keep = graph.keep(dead, round_to=step, min_units=min_units)
-    return _carry_out(model, optimizers, copies, graph, keep, _reasons(graph, dead, keep), start, analysed)
+    if batches is None:
+        keep = graph.keep(dead, round_to=step, min_units=min_units)
+        return _carry_out(model, optimizers, copies, graph, keep, _reasons(graph, dead, keep), start, analysed)
+    folding = Folding(
+        [model, *copies], graph, dead, batches, round_to=step, min_units=min_units, max_change=max_change
+    )
+    reasons = {**_reasons(graph, dead, folding.keep), **folding.kept}
+    return _carry_out(model, optimizers, copies, graph, folding.keep, reasons, start, analysed, folding)
 
 
 def counted_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
@@ -112,15 +133,16 @@ def _carry_out(
     kept: dict[str, str],
     start: float,
     analysed: float,
+    folding: Folding | None = None,
 ) -> CompactionReport:
     before = graph.units
     parameters = sum(p.numel() for p in model.parameters())
     freed = 0
-    plan = make_plan(model, graph, keep)
+    plan = _planned(model, 0, graph, keep, folding)
     states: list[StateCut] = []
     if plan.cuts or plan.selections:
         for number, follower in enumerate(followers):
-            plan.add(_follow(follower, number, graph, keep))
+            plan.add(_follow(follower, number, graph, keep, folding))
         for cut in plan.cuts:
             if cut.tensor.layout != torch.strided or (cut.tensor.grad is not None and cut.tensor.grad.is_sparse):
                 raise CompactionError(f"{cut.name} must be a dense tensor with a dense gradient")
@@ -144,8 +166,17 @@ def _carry_out(
         seconds=time.perf_counter() - start,
         plan_seconds=planned - analysed,
         commit_seconds=committed - planned,
+        folded={} if folding is None else folding.folded,
         notes=[f"{name}: never used by the forward" for name in graph.untraced],
     )
+
+
+def require_share(name: str, value: float) -> float:
+    """The value. Raises TypeError unless it is a number, ValueError unless it is >= 0."""
+    require_number(name, value)
+    if not value >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+    return value
 
 
 def width_step(model: nn.Module) -> int:
@@ -159,10 +190,18 @@ def width_step(model: nn.Module) -> int:
     return 8 if parameter.device.type == "cuda" and half else 1
 
 
-def _follow(follower: nn.Module, number: int, graph: UnitGraph, keep: Keep) -> Plan:
+def _planned(model: nn.Module, number: int, graph: UnitGraph, keep: Keep, folding: Folding | None) -> Plan:
+    """The cuts of the numbered model, and what it is given for them."""
+    plan = make_plan(model, graph, keep)
+    if folding is not None and plan.cuts:
+        folding.add_to(plan, number, dict(model.named_modules(remove_duplicate=False)))
+    return plan
+
+
+def _follow(follower: nn.Module, number: int, graph: UnitGraph, keep: Keep, folding: Folding | None) -> Plan:
     """The same cuts of a copy of the model."""
     try:
-        return make_plan(follower, graph, keep)
+        return _planned(follower, number + 1, graph, keep, folding)
     except ValueError as error:
         raise ValueError(f"followers[{number}] must be a copy of the model: {error}") from error
 

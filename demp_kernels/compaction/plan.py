@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..graph.units import Keep, UnitGraph
 from ..modules import DemPActivation, SelectiveAdd
 
-__all__ = ["CompactionError", "Cut", "Plan", "SelectionChange", "make_plan"]
+__all__ = ["CompactionError", "Cut", "Plan", "SelectionChange", "Shift", "make_plan"]
 
 
 class CompactionError(RuntimeError):
@@ -49,12 +49,21 @@ class SelectionChange:
 
 
 @dataclass
+class Shift:
+    """Added to a bias or a running mean once it has been cut: (kept,) `by`, what removed inputs gave on average."""
+
+    tensor: Tensor
+    by: Tensor
+
+
+@dataclass
 class Plan:
     """Everything that one compaction changes."""
 
     keep: Keep
     cuts: list[Cut] = field(default_factory=list)
     selections: list[SelectionChange] = field(default_factory=list)
+    shifts: list[Shift] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
     counters: list[tuple[DemPActivation, Tensor | None]] = field(default_factory=list)
     """Kept units of each counting activation; None: its calls keep different units, so the counters start anew."""
@@ -64,6 +73,8 @@ class Plan:
         cut, counted = {id(c.tensor) for c in self.cuts}, {id(module) for module, _ in self.counters}
         self.cuts += [c for c in other.cuts if id(c.tensor) not in cut]
         self.counters += [c for c in other.counters if id(c[0]) not in counted]
+        shifted = {id(s.tensor) for s in self.shifts}
+        self.shifts += [s for s in other.shifts if id(s.tensor) not in shifted]
         self.selections += other.selections
         self.attributes += other.attributes
 

@@ -3,7 +3,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["CompactionReport"]
+__all__ = ["CompactionReport", "Folded"]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """How a layer makes up for inputs that were not zero when they were removed.
+
+    into: the bias or running mean that took what they gave on average. inputs: how many the layer lost.
+    change: what is left, measured on `fold_batches`: the root mean square of the change of the layer's output, as a share
+        of that output's standard deviation. change_without: the same if nothing had been folded.
+    """
+
+    into: str
+    inputs: int
+    change: float
+    change_without: float
 
 
 @dataclass(frozen=True)
@@ -18,6 +33,7 @@ class CompactionReport:
         tensors' to the system. What somebody else still looks at (a view, a saved graph) goes when they let go.
     seconds: for everything; without the analysis if the graph was given. plan_seconds, commit_seconds: of it, what came
         before the first change, and the change itself.
+    folded: layer -> how it makes up for removed inputs that were not zero; with `fold_batches` only.
     found, recycled: activation name -> dead units found, and given a new start, where DemP's `on_dead` is not "remove".
     """
 
@@ -34,6 +50,12 @@ class CompactionReport:
     found: dict[str, int] = field(default_factory=dict)
     recycled: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    folded: dict[str, Folded] = field(default_factory=dict)
+
+    @property
+    def estimated_change(self) -> dict[str, float]:
+        """Layer -> change of its output by the removal, as a share of its standard deviation; see `Folded`."""
+        return {name: folded.change for name, folded in self.folded.items()}
 
     @property
     def changed(self) -> bool:
@@ -60,4 +82,8 @@ class CompactionReport:
             for name, count in self.removed.items()
         ]
         lines += [f"  {name}: kept, {why}" for name, why in self.kept.items()]
+        lines += [
+            f"  {name}: {f.inputs} inputs folded into {f.into}, estimated change {f.change:.2g} (without folding {f.change_without:.2g})"
+            for name, f in self.folded.items()
+        ]
         return "\n".join(lines + [f"  {note}" for note in self.notes])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from .atoms import PINNED, Atoms
 from .capture import Capture, origin
 from .flow import Flow, Link, Step
-from .values import Activation, Balance, Floor, Parameter, ParameterAxis, Selection, Value, along
+from .values import Activation, Balance, Floor, Parameter, ParameterAxis, Reader, Selection, Value, along
 
 __all__ = ["Builder", "VIEW_RULES", "rule"]
 
@@ -58,6 +59,7 @@ class Builder:
         self.selections: list[Selection] = []
         self.floors: list[Floor] = []
         self.balances: list[Balance] = []
+        self.readers: list[Reader] = []
         self.env: dict[fx.Node, Any] = {}
         self.views: set[fx.Node] = set()
         """Nodes that give sizes, whose rule looks at `choices` itself."""
@@ -78,12 +80,15 @@ class Builder:
         """Parameter -> slots whose entries its rows (dim 0) make, one for each use."""
         self.used: set[str] = set()
         """Parameters and buffers that some graph reads."""
+        self.uses: Counter[str] = Counter()
+        """Parameter or buffer -> nodes of this graph that read it."""
 
     # --- walking ---
 
     def run(self, captured: Capture) -> None:
         self._position = {node: i for i, node in enumerate(captured.nodes)}
         self._calls = _module_calls(captured.nodes)
+        self.uses.clear()
         self._activation_calls.clear()
         for node in captured.nodes:
             if node.op == "placeholder":
@@ -92,6 +97,7 @@ class Builder:
                 if name is not None and shape is not None:
                     name = self._canonical.get(name, name)
                     self.env[node] = Parameter(name, shape, tuple(range(len(shape))))
+                    self.uses[name] += len(node.users)
                     if node.users:
                         self.used.add(name)
                 else:
@@ -194,8 +200,8 @@ class Builder:
         path = list(stack.values())[-1][0] if stack else ""
         return path, self._modules.get(path)
 
-    def activation_number(self, path: str, kind: str | None, atoms: np.ndarray) -> int:
-        """The number of the activation that is called now, with units `atoms`; one known from the first graph is found
+    def activation_number(self, path: str, kind: str | None, atoms: np.ndarray, dim: int) -> int:
+        """The number of the activation that is called now, with units `atoms` along `dim`; one known from the first graph is found
         again. `kind` is None for a module; a function gets the name `<path>.<kind>`, `<path>.<kind>_1`, ..."""
         base = path if kind is None else ".".join(filter(None, [path, kind]))
         call = self._activation_calls.get((base, kind), 0)
@@ -206,7 +212,7 @@ class Builder:
                 numbered = itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1)))
                 name = next(itertools.islice((n for n in numbered if n not in self._modules), call, None))
             self._known[base, kind, call] = len(self.activations)
-            self.activations.append(Activation(name, atoms))
+            self.activations.append(Activation(name, atoms, dim))
         return self._known[base, kind, call]
 
     def calls(self, path: str) -> int:

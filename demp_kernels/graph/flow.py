@@ -61,8 +61,11 @@ class Flow:
         self.atom_of = np.empty(0, np.int64)
         self.contracted = np.empty(0, bool)
         """Entries read by a convolution or linear layer, which needs those that are not zero."""
+        self.rigid = np.empty(0, bool)
+        """Those of them of which a reader cannot do without a constant."""
         self._atoms: list[np.ndarray] = []
         self._sinks: set[int] = set()
+        self._rigid_sinks: set[int] = set()
 
     # --- building ---
 
@@ -72,8 +75,11 @@ class Flow:
         self._atoms.append(atoms.ravel())
         return len(self.slots) - 1
 
-    def contract(self, slot: int) -> None:
+    def contract(self, slot: int, *, takes_constants: bool = False) -> None:
+        """A slot is read by a sum over its entries. takes_constants: what a constant entry gives can be added elsewhere."""
         self._sinks.add(slot)
+        if not takes_constants:
+            self._rigid_sinks.add(slot)
 
     def close(self, roots: np.ndarray, pinned: np.ndarray, wanted: set[int]) -> None:
         """Building is over: replace atoms by their classes, and forget slots that nothing can be removed from.
@@ -83,9 +89,10 @@ class Flow:
             wanted: slots to remember even if all of their entries are pinned.
         """
         self.atom_of = roots[np.concatenate(self._atoms)] if self._atoms else np.empty(0, np.int64)
-        self.contracted = np.zeros(self.atom_of.size, bool)
-        for slot in self._sinks:
-            self.contracted[self.slots[slot].span] = True
+        self.contracted, self.rigid = np.zeros((2, self.atom_of.size), bool)
+        for slots, entries in ((self._sinks, self.contracted), (self._rigid_sinks, self.rigid)):
+            for slot in slots:
+                entries[self.slots[slot].span] = True
         self._atoms.clear()
         dropped = {
             i for i, slot in enumerate(self.slots) if i not in wanted and pinned[self.atom_of[slot.span]].all()
@@ -103,7 +110,8 @@ class Flow:
             for link in step.links:
                 if step.slot in dropped:
                     span = self.slots[link.slot].span
-                    self.contracted[span if link.source is None else span.start + link.source] = True
+                    read = span if link.source is None else span.start + link.source
+                    self.contracted[read] = self.rigid[read] = True
                 elif link.slot in dropped and step.kind == "sum":
                     step.kind = "affine"
             if step.slot not in dropped:
@@ -114,7 +122,7 @@ class Flow:
         self.slots = [
             Slot(int(before[s.start]), int(before[s.start + s.size] - before[s.start])) for s in self.slots
         ]
-        self.atom_of, self.contracted = self.atom_of[stays], self.contracted[stays]
+        self.atom_of, self.contracted, self.rigid = (a[stays] for a in (self.atom_of, self.contracted, self.rigid))
 
     def atoms(self, slot: int) -> np.ndarray:
         return self.atom_of[self.slots[slot].span]
@@ -146,6 +154,7 @@ class Flow:
         atoms: int,
         pinned: np.ndarray,
         widen: Callable[[np.ndarray], np.ndarray] | None = None,
+        folded: np.ndarray | None = None,
     ) -> np.ndarray:
         """(scenarios, atoms) bool: the classes that have to stay.
 
@@ -155,12 +164,13 @@ class Flow:
             pinned: atoms that always stay.
             widen: given the kept atoms (atoms,), returns those to keep besides (rounding of widths); only with one
                 scenario.
+            folded: see `needed`.
         """
         kept = np.zeros((live.shape[0], atoms), bool)
         kept[:, pinned] = True
         while True:
             before = kept.sum()
-            need = self.needed(live, kept[:, self.atom_of])
+            need = self.needed(live, kept[:, self.atom_of], folded)
             scenario, entry = np.nonzero(need)
             kept[scenario, self.atom_of[entry]] = True
             if kept.sum() > before:
@@ -170,9 +180,11 @@ class Flow:
                 return kept
             kept[0, extra] = True
 
-    def needed(self, live: np.ndarray, forced: np.ndarray) -> np.ndarray:
-        """(scenarios, entries) bool: entries whose value matters, given those that must be right anyway."""
-        need = forced | (live & self.contracted)
+    def needed(self, live: np.ndarray, forced: np.ndarray, folded: np.ndarray | None = None) -> np.ndarray:
+        """(scenarios, entries) bool: entries whose value matters, given those that must be right anyway. `folded`: like
+        `live`, entries that the layers which contract them do without, though they are not zero."""
+        read = self.contracted if folded is None else self.contracted & ~folded
+        need = forced | (live & read)
         for step in reversed(self.steps):
             span = self.slots[step.slot].span
             out = need[:, span]
@@ -218,5 +230,4 @@ class Flow:
                 if link.source is not None:
                     link.source = link.source - self.slots[link.slot].start
                     link.target = link.target - self.slots[step.slot].start
-        self.atom_of = self.atom_of[entries]
-        self.contracted = self.contracted[entries]
+        self.atom_of, self.contracted, self.rigid = (a[entries] for a in (self.atom_of, self.contracted, self.rigid))

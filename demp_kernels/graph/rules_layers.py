@@ -8,6 +8,7 @@ from torch import fx
 from .builder import Builder, rule
 from .capture import origin
 from .flow import Link
+from .readers import reads
 from .values import Balance, Floor, Parameter, Value, along
 
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ def convolution(b: Builder, node: fx.Node) -> Value:
     if groups > 1:
         return _grouped(b, node, x, weight, bias, groups)
     b.align(weight, 1, channels)
-    b.flow.contract(x.slot)
+    reads(b, node, x, bias)
     b.attribute(path, "in_channels", channels)
     if all(k == 1 for k in weight.shape[2:]) and any(s > 1 for s in stride):
         _keep_for_onednn(b, node, weight, channels)
@@ -92,7 +93,7 @@ def _grouped(
     channels = x.axis(1)
     b.attribute(path, "in_channels", channels)
     if groups < x.shape[1]:
-        b.flow.contract(x.slot)
+        reads(b, node, x, bias)
         out = _new_units(b, node, shape, 1, weight, 0, bias, path, "out_channels")
         inputs, outputs = channels.reshape(groups, -1), out.axis(1).reshape(groups, -1)
         b.attribute(path, "groups", outputs)
@@ -125,7 +126,7 @@ def transposed_convolution(b: Builder, node: fx.Node) -> Value:
         return NotImplemented
     x = b.uniform_except(x, 1)
     b.align(weight, 0, x.axis(1))
-    b.flow.contract(x.slot)
+    reads(b, node, x, bias)
     path, _ = b.owner(node)
     b.attribute(path, "in_channels", x.axis(1))
     return _new_units(b, node, output_shape(node), 1, weight, 1, bias, path, "out_channels")
@@ -142,7 +143,7 @@ def linear(b: Builder, node: fx.Node) -> Value:
     shape, last = output_shape(node), len(x.shape) - 1
     x = b.uniform_except(x, last)
     b.align(weight, 1, x.axis(last))
-    b.flow.contract(x.slot)
+    reads(b, node, x, bias)
     path, _ = b.owner(node)
     b.attribute(path, "in_features", x.axis(last))
     return _new_units(b, node, shape, last, weight, 0, bias, path, "out_features")

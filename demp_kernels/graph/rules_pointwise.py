@@ -83,7 +83,7 @@ def activation(b: Builder, node: fx.Node, x: Value) -> Value:
     if dim is None:
         return b.same(x)
     x = b.full_axis(x, dim)
-    number = b.activation_number(path, kind, x.axis(dim))
+    number = b.activation_number(path, kind, x.axis(dim), dim)
     out = b.derive(x.shape, x.atoms, "sum", [Link(x.slot)], activation=number)
     b.activations[number].slots.append(out.slot)
     return out

@@ -1,7 +1,7 @@
 """`UnitGraph`: which entry of which parameter belongs to which unit, analysed once and followed through compactions."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ ATTEMPTS = 50
 class ActivationUnits:
     """The units of one call of an activation.
 
-    name: key in `UnitGraph.units`. module: path of the module, or the name of the function call. atoms: the class of each unit. ids: each unit's number
-    at the analysis. total: units at the analysis.
+    name: key in `UnitGraph.units`. module: path of the module, or the name of the function call. atoms: the class of each
+    unit. ids: each unit's number at the analysis. total: units at the analysis. dim: the dimension of the units.
     """
 
     name: str
@@ -41,6 +41,7 @@ class ActivationUnits:
     atoms: np.ndarray
     ids: np.ndarray
     total: int
+    dim: int
 
 
 @dataclass
@@ -107,6 +108,7 @@ class UnitGraph:
         self.axis_sizes = {key: atoms.size for key, atoms in self.axes.items()}
         self.attributes = [(path, name, number(atoms)) for path, name, atoms in built.attributes]
         self.selections = built.selections
+        self.readers = built.readers
         self.floors = [WidthFloor(number(f.atoms), f.count, f.reason) for f in built.floors]
         self.balances = [Balance(n.weight, number(n.inputs), number(n.outputs)) for n in built.balances]
         self.activations = _named(built, number)
@@ -217,12 +219,35 @@ class UnitGraph:
                 masks[i] = masks[i] | array if i in masks else array
         return masks
 
-    def keep(self, dead: Mapping[str, Tensor], *, round_to: int = 1, min_units: int = 1) -> Keep:
-        """What has to stay when the units `dead` are zero; see `Keep`. `keep_masks` gives it by parameter."""
-        live = self.flow.live(self.masks(dead))
+    def keep(
+        self,
+        dead: Mapping[str, Tensor],
+        *,
+        round_to: int = 1,
+        min_units: int = 1,
+        nonzero: Mapping[str, Tensor] | None = None,
+        whole: Collection[str] = (),
+    ) -> Keep:
+        """What has to stay when the units `dead` are zero; see `Keep`. `keep_masks` gives it by parameter.
+
+        Args:
+            nonzero: those of them that are not zero but constant, or nearly: they go only where all that reads them is
+                layers that can make up for it (`readers`).
+            whole: paths of layers that keep these inputs all the same.
+        """
+        masks = self.masks(dead)
+        live, folded = self.flow.live(masks), None
+        if nonzero is not None:
+            folded = ~live & ~self.flow.rigid
+            for reader in self.readers:
+                if reader.path in whole:
+                    folded[:, self.flow.slots[reader.slot].span] = False
+            for number, mask in self.masks(nonzero).items():
+                masks[number] = masks[number] & ~mask
+            live = self.flow.live(masks)
         widened: dict[str, int] = {}
         pinned = np.nonzero(self.is_pinned)[0]
-        kept = self.flow.kept(live, self.classes, pinned, lambda k: self.to_widen(k, widened, round_to, min_units))[0]
+        kept = self.flow.kept(live, self.classes, pinned, lambda k: self.to_widen(k, widened, round_to, min_units), folded)[0]
         return Keep(kept, widened)
 
     def to_widen(self, kept: np.ndarray, widened: dict[str, int], round_to: int, min_units: int) -> np.ndarray:
@@ -342,7 +367,7 @@ def _named(built: Builder, number: Any) -> list[ActivationUnits]:
     for a in built.activations:
         name = a.name if paths.count(a.name) == 1 else f"{a.name}@{seen[a.name]}"
         seen[a.name] += 1
-        named.append(ActivationUnits(name, a.name, number(a.atoms), np.arange(a.atoms.size), a.atoms.size))
+        named.append(ActivationUnits(name, a.name, number(a.atoms), np.arange(a.atoms.size), a.atoms.size, a.dim))
     return named
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Activation", "Balance", "Floor", "Parameter", "ParameterAxis", "Selection", "Value", "along"]
+__all__ = ["Activation", "Balance", "Floor", "Parameter", "ParameterAxis", "Reader", "Selection", "Value", "along"]
 
 
 @dataclass
@@ -52,11 +52,28 @@ class ParameterAxis:
 
 @dataclass
 class Activation:
-    """One call of an activation: `name` is the module's path, `slots` its output in each captured graph."""
+    """One call of an activation: `name` is the module's path, `dim` the dimension of its units, `slots` its output in each
+    captured graph."""
 
     name: str
     atoms: np.ndarray
+    dim: int
     slots: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Reader:
+    """A layer that contracts the units of `slot`, and what can make up for a constant that it no longer reads.
+
+    path: of the layer's module. into: its bias (sign 1), or the running mean of the BatchNorm behind it (sign -1); None:
+    nothing can, because of `reason`.
+    """
+
+    slot: int
+    path: str
+    into: str | None
+    sign: int = 1
+    reason: str = ""
 
 
 @dataclass

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from ..arguments import require_integer, require_module
 from ..compaction import CompactionReport, compact, recycle
-from ..compaction.entry import width_step
+from ..compaction.entry import require_share, width_step
+from ..compaction.fold import Batches, as_batches
 from ..compaction.state_checks import entry
 from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
@@ -102,6 +103,9 @@ class DemP:
         example_inputs: a tensor or tuple for the analysis; not needed for a prepared model.
         penalty_norm, penalty_on: see `training.penalty`.
         round_to, followers: as for `compact`: "auto" or a number; copies (EMA, SWA) that shrink with the model.
+        fold_batches, max_change: as for `compact`, for networks with GELU, SiLU or leaky ReLU: batches of inputs, or a function
+            that returns fresh ones, on which what dead units still give is measured, to be added to the biases behind
+            them. Asked for at removals with dead units only. By default such units are removed as if they were zero.
         min_units: units that every layer keeps at least. The authors let a layer reach 0, which ends the network.
         on_dead: "remove"; "recycle": give dead units a new start instead (ReDo, see `compaction.recycle`), for training that
             goes on with other data; or "report": say how many there are and change nothing.
@@ -136,6 +140,8 @@ class DemP:
         round_to: int | str = 1,
         min_units: int = 1,
         followers: nn.Module | Sequence[nn.Module] | None = None,
+        fold_batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+        max_change: float = float("inf"),
         on_dead: str = "remove",
         seed: int | None = None,
         steering: Steering | None = None,
@@ -150,6 +156,9 @@ class DemP:
         self.round_to = round_to if round_to == "auto" else _at_least("round_to", round_to, 1, int)
         self.on_dead = _one_of("on_dead", on_dead, ("remove", "recycle", "report"))
         self.followers = followers
+        self.max_change = require_share("max_change", max_change)
+        later = fold_batches is None or callable(fold_batches)
+        self.fold_batches = fold_batches if later else as_batches(fold_batches, sum_counters)
         self.min_units = _at_least("min_units", min_units, 1, int)
         self.schedule = _one_of("schedule", schedule, SCHEDULES)
         self.criterion = _one_of("criterion", criterion, ("window", "scan"))
@@ -347,6 +356,8 @@ class DemP:
                 min_units=self.min_units,
                 graph=self.graph,
                 followers=self.followers,
+                fold_batches=self._batches_to_fold(dead),
+                max_change=self.max_change,
             )
         else:
             report = self._leave_widths(dead)
@@ -362,6 +373,11 @@ class DemP:
             for callback in self.on_compaction:
                 callback(report)
         return report
+
+    def _batches_to_fold(self, dead: dict[str, Tensor]) -> Batches | None:
+        if self.fold_batches is None or not any(mask.any() for mask in dead.values()):
+            return None
+        return as_batches(self.fold_batches, sum_counters)
 
     def _leave_widths(self, dead: dict[str, Tensor]) -> CompactionReport:
         """Recycle the dead units, or only say how many there are."""

@@ -45,7 +45,7 @@ def every_rank(masks: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sum_counters(counters: list[Tensor]) -> None:
-    """Replace each int64 tensor by its sum over the ranks. One collective for all of them."""
+    """Replace each tensor, all of one dtype, by its sum over the ranks. One collective for all of them."""
     if not is_distributed() or not counters:
         return
     flat = torch.cat([c.flatten() for c in counters])
