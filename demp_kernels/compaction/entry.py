@@ -64,7 +64,7 @@ def compact(
             Without: units are removed as if they were zero. Dropout between a unit and its reader scatters the constant in
             training; its mean is kept.
         max_change: with `fold_batches`: a layer whose output would change by more than this share of its standard deviation
-            keeps its inputs that are not zero.
+            keeps some of its inputs that are not zero, those that it changes most without. 1e-9, say, lets only constants go.
 
     Raises:
         CompactionError: the model or the optimiser cannot be shrunk; nothing was changed.

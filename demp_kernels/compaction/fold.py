@@ -61,10 +61,14 @@ class Folding:
     Args:
         models: the model and its followers, each of which is measured on its own: their units have other constants.
         dead: activation -> (units,) bool.
-        max_change: a layer whose output would change by more than this, as a share of its standard deviation, keeps its
-            inputs.
+        max_change: a layer whose output would change by more than this, as a share of its standard deviation, keeps some
+            of the inputs.
 
     keep: what stays. folded: layer -> what was done, of the first model.
+
+    A layer that would change too much loses those inputs first that change it least, each measured alone: as many as the
+    sum of their squared changes allows. They may add up to more, which is measured; then as many as the sum of the
+    changes itself allows, which is a bound for every subset (triangle inequality).
 
     Raises CompactionError if a layer's output is not finite on the batches. Nothing is changed.
     """
@@ -74,16 +78,22 @@ class Folding:
         round_to: int, min_units: int, max_change: float,
     ) -> None:
         nonzero = _nonzero(models, graph, dead, batches)
-        whole: set[str] = set()
+        alone: dict[str, _Alone] = {}
+        stay: dict[str, np.ndarray] = {}
         while True:
-            self.keep = graph.keep(dead, round_to=round_to, min_units=min_units, nonzero=nonzero, whole=whole)
+            self.keep = graph.keep(dead, round_to=round_to, min_units=min_units, nonzero=nonzero, stay=stay)
             self._found = [_measure(model, graph, self.keep, batches) for model in models]
             over = {path for found in self._found for path, loss in found.items() if loss.folded.change > max_change}
-            if over <= whole:
+            if not over:
                 break
-            whole |= over
+            new = over - alone.keys()
+            alone |= _one_by_one(models, graph, self.keep, batches, new) if new else {}
+            for path in over:
+                stay[path] = np.union1d(stay.get(path, np.empty(0, np.int64)), alone[path].too_much(max_change))
+                if alone[path].asked == 3:
+                    del alone[path]  # rounding of widths may make others go next
         self.folded = {path: loss.folded for path, loss in self._found[0].items() if loss.folded.change_without > 0}
-        self.kept = _reasons(graph, nonzero, self.keep, whole, max_change)
+        self.kept = _reasons(graph, nonzero, self.keep, stay, max_change)
 
     def add_to(self, plan: Plan, model: int, modules: Mapping[str, nn.Module]) -> None:
         """The shifts of the numbered model, whose modules these are, become part of a plan."""
@@ -95,7 +105,7 @@ class Folding:
 
 @dataclass
 class _Moments:
-    """Mean and summed squared deviation of each row, over columns that come in pieces (Chan et al. 1979)."""
+    """Mean and summed squared deviation of each row, (..., rows), over columns that come in pieces (Chan et al. 1979)."""
 
     mean: Tensor
     deviation: Tensor
@@ -106,6 +116,11 @@ class _Moments:
         variance, mean = torch.var_mean(rows.double(), 1, correction=0)
         count = torch.full((), rows.shape[1], dtype=torch.float64, device=rows.device)
         return cls(mean, variance * count, count)
+
+    @classmethod
+    def stack(cls, several: Sequence[_Moments]) -> _Moments:
+        """Of the same columns, as one more dimension in front."""
+        return cls(torch.stack([m.mean for m in several]), torch.stack([m.deviation for m in several]), several[0].count)
 
     def add(self, other: _Moments) -> None:
         total = self.count + other.count
@@ -132,67 +147,142 @@ class _Loss:
     folded: Folded
 
 
-class _Meter:
-    """Measures in a layer's forwards what it loses without the inputs `gone`, (inputs,) bool.
+class _Alone:
+    """What a layer would change by without each of some classes of inputs alone.
 
-    lost, output: moments of what is lost and of the whole output, over samples and positions.
+    classes: ascending in that. squares: the squared changes, as shares of the output's variance. asked: how often.
     """
 
-    def __init__(self, gone: np.ndarray) -> None:
-        self.gone = torch.from_numpy(gone)
-        self.lost: _Moments | None = None
-        self.output: _Moments | None = None
+    def __init__(self, classes: np.ndarray, squares: np.ndarray) -> None:
+        order = np.argsort(squares)
+        self.classes, self.squares = classes[order], squares[order]
+        self.asked = 0
+
+    def too_much(self, most: float) -> np.ndarray:
+        """The classes to keep so that the layer changes by `most`: if they were uncorrelated; whatever they are, the
+        second time; all of them the third, should rounding have been in the way."""
+        self.asked += 1
+        sums = (np.cumsum(self.squares), np.cumsum(np.sqrt(self.squares)))
+        limits = (most**2, most)
+        fit = (sums[self.asked - 1] <= limits[self.asked - 1]).sum() if self.asked <= 2 else 0
+        return self.classes[int(fit):]
+
+
+class _Meter:
+    """Measures in a layer's forwards what it loses without some inputs.
+
+    Args:
+        classes: (inputs,) the class of each. gone: (inputs,) bool. alone: measure each lost class on its own, too.
+
+    output: moments of the whole output, (outputs,), over samples and positions. lost: of what all lost inputs gave. parts:
+    of what each of `numbers`, the lost classes, gave, (classes, outputs).
+    """
+
+    def __init__(self, classes: np.ndarray, gone: np.ndarray, alone: bool) -> None:
+        self.gone = np.nonzero(gone)[0]
+        self.numbers = np.unique(classes[gone]) if alone else np.empty(0, np.int64)
+        self._columns = [np.nonzero(classes == number)[0] for number in self.numbers]
+        self.moments: list[_Moments] = []
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """A forward hook: computes the layer once more, on the lost inputs alone and without the bias."""
+        """A forward hook."""
         x, *rest = args or (kwargs["input"],)
         assert isinstance(layer.weight, Tensor)
         dim = x.dim() - 1 if isinstance(layer, nn.Linear) else x.dim() - layer.weight.dim() + 1
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        linear = copy.copy(layer)  # shares everything; its forward is called without hooks
-        linear._parameters = {"weight": nn.Parameter(layer.weight.detach().to(dtype)), "bias": None}
-        stays = ~self.gone.to(x.device).view([-1 if d == dim else 1 for d in range(x.dim())])
-        lost = linear.forward(x.to(dtype).masked_fill(stays, 0), *rest)
-        moments = [_Moments.of(t.movedim(dim, 0).flatten(1)) for t in (lost, output)]
-        if self.lost is None or self.output is None:
-            self.lost, self.output = moments
-        else:
-            self.lost.add(moments[0])
-            self.output.add(moments[1])
 
-    def conclude(self, reader: Reader, rows: np.ndarray, batches: Batches) -> _Loss:
-        """The loss, with the outputs `rows`, (outputs,) bool, that stay. Raises CompactionError if nothing was measured."""
-        if self.lost is None or self.output is None or reader.into is None:
-            raise CompactionError(f"fold_batches must run {reader.path}, which did not run on them")
-        for moments in (self.lost, self.output):
+        def moments(values: Tensor) -> _Moments:
+            return _Moments.of(values.movedim(dim, 0).flatten(1))
+
+        found = [moments(output), moments(_part(layer, x, rest, dim, self.gone))]
+        if self._columns:
+            found.append(_Moments.stack([moments(_part(layer, x, rest, dim, columns)) for columns in self._columns]))
+        for own, new in zip(self.moments, found):
+            own.add(new)
+        self.moments = self.moments or found
+
+    def finish(self, path: str, rows: np.ndarray, batches: Batches) -> list[_Moments]:
+        """The moments over all processes, of the outputs `rows`, (outputs,) bool, alone. Raises CompactionError if nothing
+        was measured, or no finite values."""
+        if not self.moments:
+            raise CompactionError(f"fold_batches must run {path}, which did not run on them")
+        for moments in self.moments:
             moments.add_up(batches.add_up)
-        stay = torch.from_numpy(rows).to(self.lost.mean.device)
-        mean, left, whole = self.lost.mean[stay], self.lost.deviation[stay], self.output.deviation[stay].sum()
-        if not (mean.isfinite().all() and whole.isfinite()):
-            raise CompactionError(f"fold_batches must give finite values, {reader.path} gave others")
-        without = left + self.lost.count * mean**2
-        change, change_without = (
-            float((part.sum() / whole).sqrt().nan_to_num(0.0, posinf=float("inf"))) for part in (left, without)
-        )
-        return _Loss(reader.sign * mean, Folded(reader.into, int(self.gone.sum()), change, change_without))
+            stay = torch.from_numpy(rows).to(moments.mean.device)
+            moments.mean, moments.deviation = moments.mean[..., stay], moments.deviation[..., stay]
+            if not (moments.mean.isfinite().all() and moments.deviation.isfinite().all()):
+                raise CompactionError(f"fold_batches must give finite values, {path} gave others")
+        return self.moments
+
+
+def _part(layer: nn.Module, x: Tensor, rest: Sequence[Any], dim: int, columns: np.ndarray) -> Tensor:
+    """What a layer makes of some of its inputs, without the bias; half precision is widened."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    index = torch.from_numpy(columns).to(x.device)
+    assert isinstance(layer.weight, Tensor)
+    weight = layer.weight.detach()
+    if getattr(layer, "groups", 1) == 1:
+        x = x.index_select(dim, index)
+        weight = weight.index_select(0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1, index)
+    else:
+        x = torch.zeros_like(x).index_copy(dim, index, x.index_select(dim, index))
+    linear = copy.copy(layer)  # shares everything; its forward is called without hooks
+    linear._parameters = {"weight": nn.Parameter(weight.to(dtype)), "bias": None}
+    return linear.forward(x.to(dtype), *rest)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole; of nothing 0 / 0 = 0."""
+    return torch.where(part == 0, 0.0, part / whole)
 
 
 @torch.no_grad()
-def _measure(model: nn.Module, graph: UnitGraph, keep: Keep, batches: Batches) -> dict[str, _Loss]:
-    """Layer -> its loss when `keep` stays, for those that lose inputs and can be given a constant instead."""
+def _meters(
+    model: nn.Module, graph: UnitGraph, keep: Keep, batches: Batches, paths: Collection[str] | None = None
+) -> Iterator[tuple[Reader, _Meter, list[_Moments]]]:
+    """The layers that lose inputs when `keep` stays and can be given a constant instead, and what was measured there. With
+    `paths` only these, class by class."""
     modules = dict(model.named_modules(remove_duplicate=False))
     readers: dict[str, Reader] = {}
     for reader in graph.readers:
-        if reader.into is not None and not keep.atoms[graph.flow.atoms(reader.slot)].all():
+        loses = reader.into is not None and not keep.atoms[graph.flow.atoms(reader.slot)].all()
+        if loses and (paths is None or reader.path in paths):
             readers.setdefault(reader.path, reader)
     if missing := [path for path in readers if path not in modules]:
         raise ValueError(f"followers must be copies of the model, got a {type(model).__name__} without {missing[0]}")
-    meters = {path: _Meter(~keep.atoms[graph.flow.atoms(reader.slot)]) for path, reader in readers.items()}
+    meters = {}
+    for path, reader in readers.items():
+        classes = graph.flow.atoms(reader.slot)
+        meters[path] = _Meter(classes, ~keep.atoms[classes], paths is not None)
     _run(model, batches, [(modules[path], meter) for path, meter in meters.items()])
-    return {
-        path: meters[path].conclude(reader, keep.atoms[graph.axes[str(reader.into), 0]], batches)
-        for path, reader in readers.items()
-    }
+    for path, reader in readers.items():
+        rows = keep.atoms[graph.axes[str(reader.into), 0]]
+        yield reader, meters[path], meters[path].finish(path, rows, batches)
+
+
+def _measure(model: nn.Module, graph: UnitGraph, keep: Keep, batches: Batches) -> dict[str, _Loss]:
+    """Layer -> its loss when `keep` stays."""
+    losses = {}
+    for reader, meter, (output, lost) in _meters(model, graph, keep, batches):
+        left, whole = lost.deviation.sum(), output.deviation.sum()
+        without = left + (lost.count * lost.mean**2).sum()
+        change, change_without = (float(_share(part, whole).sqrt()) for part in (left, without))
+        folded = Folded(str(reader.into), meter.gone.size, change, change_without)
+        losses[reader.path] = _Loss(reader.sign * lost.mean, folded)
+    return losses
+
+
+def _one_by_one(
+    models: Sequence[nn.Module], graph: UnitGraph, keep: Keep, batches: Batches, paths: Collection[str]
+) -> dict[str, _Alone]:
+    """What each class of inputs that the layers `paths` lose changes alone, in that model where it is most."""
+    squares: dict[str, np.ndarray] = {}
+    numbers: dict[str, np.ndarray] = {}
+    for model in models:
+        for reader, meter, (output, _, parts) in _meters(model, graph, keep, batches, paths):
+            found = _share(parts.deviation.sum(-1), output.deviation.sum()).cpu().numpy()
+            squares[reader.path] = np.maximum(squares.get(reader.path, found), found)
+            numbers[reader.path] = meter.numbers
+    return {path: _Alone(numbers[path], squares[path]) for path in squares}
 
 
 @torch.no_grad()
@@ -243,20 +333,23 @@ def _watched(hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator
 
 
 def _reasons(
-    graph: UnitGraph, nonzero: Mapping[str, Tensor], keep: Keep, whole: Collection[str], max_change: float
+    graph: UnitGraph, nonzero: Mapping[str, Tensor], keep: Keep, stay: Mapping[str, np.ndarray], max_change: float
 ) -> dict[str, str]:
     """Activation -> why dead units that are not zero stay, where that is because of what reads them."""
     reasons = {}
     for name, mask in nonzero.items():
         activation = next(a for a in graph.activations if a.name == name)
-        stay = activation.atoms[np.nonzero(mask.numpy() & keep.atoms[activation.atoms])[0]]
-        if not stay.size or graph.is_pinned[stay].any():
+        left = activation.atoms[np.nonzero(mask.numpy() & keep.atoms[activation.atoms])[0]]
+        if not left.size or graph.is_pinned[left].any():
             continue
+        why = "more than layers with a bias reads them"
         for reader in graph.readers:
-            if (reader.into is None or reader.path in whole) and np.isin(graph.flow.atoms(reader.slot), stay).any():
-                why = reader.reason or f"without them {reader.path} would change by more than {max_change:g}"
-                reasons[name] = f"{stay.size} dead units: they are not zero, and {why}"
+            read = np.isin(left, graph.flow.atoms(reader.slot))
+            if reader.into is None and read.any():
+                why = reader.reason
                 break
-        else:
-            reasons[name] = f"{stay.size} dead units: they are not zero, and more than layers with a bias reads them"
+            if np.isin(left, stay.get(reader.path, ())).any():
+                why = f"without them {reader.path} would change by more than {max_change:g}"
+                break
+        reasons[name] = f"{left.size} dead units: they are not zero, and {why}"
     return reasons

@@ -1,7 +1,7 @@
 """`UnitGraph`: which entry of which parameter belongs to which unit, analysed once and followed through compactions."""
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,22 +226,23 @@ class UnitGraph:
         round_to: int = 1,
         min_units: int = 1,
         nonzero: Mapping[str, Tensor] | None = None,
-        whole: Collection[str] = (),
+        stay: Mapping[str, np.ndarray] | None = None,
     ) -> Keep:
         """What has to stay when the units `dead` are zero; see `Keep`. `keep_masks` gives it by parameter.
 
         Args:
             nonzero: those of them that are not zero but constant, or nearly: they go only where all that reads them is
                 layers that can make up for it (`readers`).
-            whole: paths of layers that keep these inputs all the same.
+            stay: path of a layer -> classes that it reads and keeps all the same, unless they are zero.
         """
         masks = self.masks(dead)
         live, folded = self.flow.live(masks), None
         if nonzero is not None:
             folded = ~live & ~self.flow.rigid
             for reader in self.readers:
-                if reader.path in whole:
-                    folded[:, self.flow.slots[reader.slot].span] = False
+                if stay is not None and reader.path in stay:
+                    span = self.flow.slots[reader.slot].span
+                    folded[:, span] &= ~np.isin(self.flow.atom_of[span], stay[reader.path])
             for number, mask in self.masks(nonzero).items():
                 masks[number] = masks[number] & ~mask
             live = self.flow.live(masks)

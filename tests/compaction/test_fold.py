@@ -255,6 +255,29 @@ def test_max_change_keeps_the_inputs_of_a_layer() -> None:
     assert report.removed == {"2": 4} and 1e-6 < report.estimated_change["3"] < 10
 
 
+def test_max_change_keeps_the_worst_inputs() -> None:
+    """Units of growing scale: the layer loses as many as the limit allows, and the change stays below it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 24), nn.SiLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5)).double().eval()
+    with torch.no_grad():
+        net[0].weight *= torch.logspace(-6, 0, 24, dtype=torch.float64)[:, None]
+    x = torch.randn(64, 10, dtype=torch.float64)
+    everything, left = {"1": torch.ones(24, dtype=torch.bool)}, []
+    for limit in (1e-9, 1e-4, 1e-2, 0.3):
+        twin = copy.deepcopy(net)
+        before = net[2](net[1](net[0](x)))
+        report = dk.compact(twin, None, x, dead=everything, fold_batches=[x], max_change=limit)
+        left.append(report.live_units["1"])
+        kept = everything["1"].nonzero().flatten()[-left[-1] :]
+        assert torch.equal(twin[0].weight, net[0].weight[kept])  # the largest ones
+        change = twin[2](twin[1](twin[0](x))) - before
+        share = (change.pow(2).sum() / (before - before.mean(0)).pow(2).sum()).sqrt().item()
+        assert share <= limit
+        if report.changed:
+            assert share == pytest.approx(report.estimated_change["2"], rel=1e-6) and share > 0.1 * limit
+    assert left == sorted(left, reverse=True) and left[0] == 24 and 1 < left[3] < left[2] < left[1] < 24, left
+
+
 # --- state -------------------------------------------------------------------------------------------------------------
 
 
