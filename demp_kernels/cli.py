@@ -20,12 +20,17 @@ COMMANDS = {
     "compare": (".recipes.compare_command", "compare DemP with other structured pruning methods"),
     "coverage": (".bench.coverage_command", "which models can be compacted, and how exactly"),
     "bench": (".bench.command", "measure the kernels beside PyTorch and a copy"),
+    "selfcheck": (".selfcheck.command", "how reliable it is here: kills, wrong calls, random networks, memory"),
 }
 """Name -> (module, what it does). A module is imported when its command is called: its dependencies are optional."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line: `demp train: error: ...`, exit code 2."""
+    """argparse with errors of one line: `demp train: error: ...`, exit code 2. Flags are written out: where they may be
+    shortened, `compare --seed 3` would be taken for `--seeds 3`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -85,5 +90,5 @@ def _command(name: str, module: str) -> Any:
     try:
         return import_module(module, __package__)
     except ModuleNotFoundError as error:
-        extra = "bench" if name == "bench" else "train"
+        extra = {"bench": "bench", "selfcheck": "test"}.get(name, "train")
         raise RecipeError(f"needs {error.name}, which is not installed: pip install 'demp-kernels[{extra}]'") from error

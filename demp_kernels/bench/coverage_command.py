@@ -45,6 +45,8 @@ def _run(chosen: argparse.Namespace) -> int:
         need(module, "demp coverage")
     from rich.console import Console
 
+    if chosen.out is not None and chosen.out.exists() and not chosen.out.is_dir():
+        raise RecipeError(f"out must be a folder, got the file {chosen.out}")
     names = list(chosen.models) or _models(chosen.all)
     builders = [(name, _builder(name)) for name in names]  # an unknown name is an error before hours of work
     console = Console()

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from ..recipes.errors import RecipeError
+from .marked import markers, replace_between
 from .rows import Group, Row, groups, latest
 from .sheets import (
     LEGEND,
@@ -24,7 +25,7 @@ from .sheets import (
 
 __all__ = ["BEGIN", "END", "all_sheets", "readme_table", "rich_table", "update_readme", "write_tables"]
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BEGIN, END = markers("bench")
 
 
 def all_sheets(rows: Sequence[Row], *, wide: bool = True) -> list[Sheet]:
@@ -128,17 +129,5 @@ def _ms(group: Group, variant: str) -> str:
 
 
 def update_readme(path: Path, rows: Sequence[Row]) -> bool:
-    """Put the table between the markers of a file. Returns whether the file changed.
-
-    Raises RecipeError if the file is not there or has not each marker once, in order.
-    """
-    if not path.is_file():
-        raise RecipeError(f"readme: {path} must be a file, found none")
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise RecipeError(f"readme: {path} must have the lines {BEGIN} and {END}, each once and in that order")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    changed = f"{before}{BEGIN}\n{readme_table(rows)}\n{END}{after}"
-    path.write_text(changed, encoding="utf-8")
-    return changed != text
+    """Put the table between the markers of a file; see `replace_between`."""
+    return replace_between(path, "bench", readme_table(rows))

@@ -37,7 +37,7 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
         "--data-dir": {"type": Path, "help":
             "folder of the data; without it fashion-mnist and cifar10 are downloaded"},
         "--image-size": {"type": int, "help": "resize images to NxN (default: as they are; digits: 16; folder: 224)"},
-        "--train-size": {"type": int, "help": "use N training images"},
+        "--train-size": {"type": int, "help": "use N training images, or all where there are fewer"},
         "--workers": {"type": int, "help": "processes that decode images, for --data folder (default: 2)"},
     }),
     ("training", {

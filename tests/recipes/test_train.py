@@ -180,52 +180,6 @@ def test_ctrl_c_keeps_what_is_known(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
-BAD = [
-    (["--model", "resnet19"], "model must be one of"),
-    (["--data", "mnist"], "data must be one of digits, fashion-mnist, cifar10, folder, got 'mnist'"),
-    (["--data", "fashion-mnist", "--data-dir", "nowhere"], "data-dir must be an existing folder, got nowhere"),
-    (["--data", "fashion-mnist", "--data-dir", "."], "is not a Fashion-MNIST folder"),
-    (["--data", "cifar10", "--data-dir", "."], "is not a CIFAR-10 folder"),
-    (["--lr", "-0.1"], "lr must be above 0 and finite, got -0.1"),
-    (["--lr", "nan"], "lr must be above 0 and finite, got nan"),
-    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-    (["--peak-penalty", "-1"], "peak-penalty must be at least 0 and finite, got -1.0"),
-    (["--peak-noise", "-1"], "peak-noise must be at least 0 and finite, got -1.0"),
-    (["--weight-decay", "inf"], "weight-decay must be at least 0 and finite, got inf"),
-    (["--epochs", "0"], "epochs must be at least 1, got 0"),
-    (["--batch-size", "0"], "batch-size must be at least 1, got 0"),
-    (["--batch-size", "5000"], "batch-size must be at most the number of training images, 1437, got 5000"),
-    (["--prune-every", "0"], "prune-every must be at least 1, got 0"),
-    (["--criterion", "magic"], "argument --criterion: invalid choice: 'magic'"),
-    (["--device", "quantum"], "device must be auto, cpu, cuda or cuda:N, got 'quantum'"),
-    (["--device", "cuda:99"], "device cuda:99 is not there"),
-    (["--threads", "0"], "threads must be at least 1, got 0"),
-    (["--amp", "fp16", "--device", "cpu"], "amp fp16 needs a CUDA device"),
-    (["--model", "alexnet", "--epochs", "1"], "alexnet does not take images of 3x16x16; image-size resizes"),
-    (["--seeds", "1"], "unrecognized arguments: --seeds 1"),
-    (["--out", "file"], "out must be a folder, got the file file"),
-    (["--out", "file/below"], "out cannot be made: file/below"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "text"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
-def test_bad_input_is_one_line_and_code_2(
-    arguments: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    try:
-        code = main(["train", *arguments])
-    except SystemExit as stopped:  # argparse's own way out
-        code = stopped.code
-    output = capsys.readouterr()
-    assert code == 2
-    assert output.err.startswith("demp train: error: ") and output.err.count("\n") == 1, output.err
-    assert text in output.err
-    assert output.out == ""
-    assert not (tmp_path / "demp-run" / "summary.json").exists()
-
-
 def test_the_process_ends_with_code_2_too(tmp_path: Path) -> None:
     done = subprocess.run(command("--epochs", "-3"), capture_output=True, text=True, timeout=120, cwd=tmp_path, env={
         **os.environ, "PYTHONPATH": str(Path(dk.__file__).parents[1]),
