@@ -1,8 +1,9 @@
 """Training with DemP: schedule, penalty, liveness, the controller, checkpoints."""
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .controller import DemP, DemPEvent, DemPReport
+from .controller import DemP
 from .fsdp import compact_sharded
 from .penalty import PENALTY_NORMS, PENALTY_TARGETS
+from .report import DemPEvent, DemPReport
 from .schedule import SCHEDULES
 from .sharded import load_sharded, save_sharded
 from .steering import Steering

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,46 +28,13 @@ from .distributed import (
     sum_counters,
     unwrap,
 )
-from .liveness import StepLiveness, activations_of, scan_dead, window_dead
+from .liveness import StepLiveness, activations_of, not_finite, scan_dead, window_dead
 from .penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
+from .report import DemPEvent, DemPReport, some_of
 from .schedule import SCHEDULES
 from .steering import Steerer, Steering
 
-__all__ = ["DemP", "DemPEvent", "DemPReport"]
-
-
-@dataclass(frozen=True)
-class DemPEvent:
-    """One removal: after which step, how many units each activation has left, how many parameters the model has."""
-
-    step: int
-    live_units: dict[str, int]
-    parameters: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class DemPReport:
-    """What DemP has done so far. `str()` gives a few lines for a terminal."""
-
-    step: int
-    total_steps: int
-    live_units: dict[str, int]
-    total_units: dict[str, int]
-    history: list[DemPEvent] = field(default_factory=list)
-
-    @property
-    def live(self) -> int:
-        return sum(self.live_units.values())
-
-    @property
-    def total(self) -> int:
-        return sum(self.total_units.values())
-
-    def __str__(self) -> str:
-        lines = [f"DemP after step {self.step} of {self.total_steps}: {self.live} of {self.total} units live"]
-        lines += [f"  {name}: {live} of {self.total_units[name]}" for name, live in self.live_units.items()]
-        return "\n".join(lines)
+__all__ = ["DemP"]
 
 
 class DemP:
@@ -191,6 +158,7 @@ class DemP:
         self._liveness = StepLiveness(self._model)
         self._steerer = None if steering is None else self._steered(steering, inputs)
         self._history: list[DemPEvent] = []
+        self._not_finite: tuple[str, ...] = ()
         self._steps_done = 0
 
     # --- the two calls of a training loop ---
@@ -248,7 +216,7 @@ class DemP:
         return dict(self.graph.units)
 
     def report(self) -> DemPReport:
-        return DemPReport(self._steps_done, self.total_steps, self.live_units, self.total_units, list(self._history))
+        return DemPReport(self._steps_done, self.total_steps, self.live_units, self.total_units, list(self._history), self._not_finite)
 
     # --- state ---
 
@@ -339,6 +307,7 @@ class DemP:
         self._noise_seed.add_(1)
 
     def _remove_dead(self) -> CompactionReport:
+        self._look_for_nan()
         if self.criterion == "window":
             counted = [m for m in activations_of(self._model).values() if m.active is not None]
             sum_counters([counter for m in counted for counter in (m.active, m.seen) if counter is not None])
@@ -378,6 +347,16 @@ class DemP:
         if self.fold_batches is None or not any(mask.any() for mask in dead.values()):
             return None
         return as_batches(self.fold_batches, sum_counters)
+
+    def _look_for_nan(self) -> None:
+        """Say it once when a run is broken: a NaN makes all that it reaches count as live, which reads like a run without deaths."""
+        found, before = not_finite(self._model), self._not_finite
+        if found and not before:
+            warnings.warn(
+                f"NaN or infinity in {some_of(found)} after step {self._steps_done}: units that it reaches count as live",
+                RuntimeWarning, stacklevel=4,
+            )
+        self._not_finite = found
 
     def _leave_widths(self, dead: dict[str, Tensor]) -> CompactionReport:
         """Recycle the dead units, or only say how many there are."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..modules import DemPActivation
 
-__all__ = ["StepLiveness", "activations_of", "scan_dead", "window_dead"]
+__all__ = ["StepLiveness", "activations_of", "not_finite", "scan_dead", "window_dead"]
 
 
 def activations_of(model: nn.Module) -> dict[str, DemPActivation]:
@@ -65,6 +65,24 @@ def scan_dead(model: nn.Module, batches: Iterable[Any] | Callable[[], Iterable[A
     if not dead:
         raise ValueError("scan_batches must give at least one batch, got none")
     return dead
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module) -> tuple[str, ...]:
+    """Names of parameters and buffers that hold NaN or infinity. One pass over them and one synchronisation.
+
+    A NaN in an activation counts as active, so that such a unit is never taken for dead; what made it, or came of it, stays
+    in the weights or in the running statistics, where this finds it.
+    """
+    names, tensors = [], []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and tensor.numel():
+            names.append(name)
+            tensors.append(tensor)
+    if not tensors:
+        return ()
+    largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, float("inf"))])
+    return tuple(name for name, fine in zip(names, largest.isfinite().tolist()) if not fine)
 
 
 class StepLiveness:

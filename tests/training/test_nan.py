@@ -1,0 +1,79 @@
+"""NaN and infinity in a training run: such units count as live, under both criteria, and the report and a warning name them."""
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import demp_kernels as dk
+
+BAD = [math.nan, math.inf]
+
+
+def build(**options: object) -> tuple[nn.Module, torch.optim.Optimizer, dk.DemP]:
+    torch.manual_seed(0)
+    model = dk.prepare(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return model, optimizer, dk.DemP(model, optimizer, total_steps=8, prune_every=2, peak_penalty=0.0, peak_noise=0.0, **options)
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("criterion", ["window", "scan"])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_such_units_are_alive_and_named(criterion: str, value: float, fuse: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    with torch.no_grad():
+        net[1].weight.fill_(0.0)
+        net[1].bias.fill_(-1.0)  # all dead, but for the two
+        net[1].bias[2] = value
+        net[1].bias[4] = 1.0
+    model = dk.prepare(net, torch.randn(8, 4), fuse=fuse)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(8, 4)
+    demp = dk.DemP(
+        model, optimizer, total_steps=8, prune_every=2, peak_penalty=0.0, peak_noise=0.0, criterion=criterion, scan_batches=[x]
+    )
+    model(x)
+    demp.step()
+    model(x)
+    with pytest.warns(RuntimeWarning, match=r"NaN or infinity in 1\.bias after step 2: units that it reaches count as live"):
+        report = demp.step()
+    assert report is not None and sum(report.removed.values()) == 4 and demp.report().live == 2
+    assert demp.report().not_finite == ("1.bias",)
+    assert str(demp.report()).endswith("NaN or infinity in 1.bias")
+
+
+def test_the_warning_comes_once_and_the_report_says_how_it_is_now() -> None:
+    model, _, demp = build()
+    x = torch.randn(8, 4)
+    with torch.no_grad():
+        model.get_submodule("0").weight[1, 2] = math.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            model(x)
+            demp.step()
+    assert [w.category for w in caught] == [RuntimeWarning]
+    # the batch statistics carry it into a buffer
+    assert demp.report().not_finite[0] == "0.weight" and "1.running_mean" in demp.report().not_finite
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.nan_to_num_()
+    for _ in range(2):
+        model(x)
+        demp.step()
+    assert demp.report().not_finite == () and "NaN" not in str(demp.report())
+
+
+def test_many_names_are_counted() -> None:
+    model, _, demp = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(math.nan)
+    demp.step()
+    with pytest.warns(RuntimeWarning, match="NaN or infinity in 0.weight, 0.bias, 1.weight and 3 more"):
+        demp.step()
