@@ -176,6 +176,9 @@ def _forward(
     try:
         if not x.is_contiguous() and not _activation.is_usable(x, channel_dim):
             x = x.contiguous()
+        if activation == "relu" and noise_std == 0 and is_tiny(x):
+            active = torch.zeros(x.shape[channel_dim], dtype=torch.int64)
+            return relu_into(x, channel_dim, active, None), active
         seed = _seed(seed, x.device) if noise_std > 0 else None
         if _is_traced():
             y, active, _ = _activation.forward(x, activation, slope, channel_dim, noise_std, seed)
@@ -190,6 +193,18 @@ def _forward(
         seed = _check_activation(x, slope, channel_dim, noise_std, seed)
         _activation.check_forward(x, activation, slope, channel_dim, noise_std, seed)
         raise
+
+
+def is_tiny(x: Tensor) -> bool:
+    """PyTorch's relu and a second look at x are cheaper than the op that does both, and nothing traces the call."""
+    return isinstance(x, Tensor) and x.numel() <= _TINY and x.is_cpu and not _is_traced()
+
+
+def relu_into(x: Tensor, channel_dim: int, active: Tensor, seen: Tensor | None) -> Tensor:
+    """`relu` of a tiny dense x, its counts added to `active` (C,) and its elements per channel to `seen` (), both int64."""
+    y = torch.relu(x)  # its autograd is C++; the op's own would cost four times the rest
+    _activation.count_(y, channel_dim, active, seen)
+    return y
 
 
 def _forward_(
@@ -211,7 +226,10 @@ def _forward_(
         raise
 
 
-_WRONG = (RuntimeError, AttributeError, TypeError, OverflowError)
+_TINY = 2**14
+"""Elements. Up to here PyTorch's relu and a pass that counts are faster than the op that does both (benchmarks/README.md)."""
+
+_WRONG = (RuntimeError, AttributeError, TypeError, OverflowError, IndexError)
 """What comes up where an argument is wrong. Which one it was is asked only then: questions cost as much as a small kernel."""
 
 

@@ -72,11 +72,16 @@ class DemPActivation(nn.Module):
         """Add `active` (C,) int64 of `elements` elements a unit to the counters; called by `forward`."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # a forward inside a backward pass is activation checkpointing's recomputation: it was counted before
-        if self.active is None or self.active.numel() != active.numel() or self.active.device != active.device:
-            self.allocate(active.numel(), active.device)
+        mine, seen = self._counters(active.numel(), active.device)
+        mine.add_(active)
+        seen.add_(elements)
+
+    def _counters(self, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`active` and `seen`, made anew if they are for other inputs."""
+        if self.active is None or self.seen is None or self.active.numel() != channels or self.active.device != device:
+            self.allocate(channels, device)
         assert self.active is not None and self.seen is not None
-        self.active.add_(active)
-        self.seen.add_(elements)
+        return self.active, self.seen
 
     def allocate(self, channels: int, device: torch.device | str | None = None) -> None:
         """Create zeroed counters for `channels` units, replacing those there are."""
@@ -121,6 +126,17 @@ class DemPReLU(DemPActivation):
     def __init__(self, inplace: bool = False, noise_std: float = 0.0, channel_dim: int = 1) -> None:
         super().__init__(noise_std=noise_std, channel_dim=channel_dim)
         self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self._takes(x) and torch._C._current_graph_task_id() == -1:
+            return functional.relu_into(x, self.channel_dim, *self._counters(x.shape[self.channel_dim], x.device))
+        return super().forward(x)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether x can take the short way, which leaves it to the other to refuse."""
+        if self.inplace or self.noise_std or not functional.is_tiny(x):
+            return False
+        return x.is_contiguous() and x.is_floating_point() and -x.dim() <= self.channel_dim < x.dim() > 1
 
     def _plain(self, x: Tensor) -> Tensor:
         return F.relu(x, inplace=self.inplace)

@@ -24,8 +24,8 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
     """y = act(batch_norm(x) [+ residual]), with the active elements of every channel counted.
 
     In training mode it is one op (`functional.norm_act`): nothing between x and y is stored, and backward recomputes
-    what it needs. In evaluation mode, and for inputs that the op does not take (a residual of another dtype), it is
-    exactly
+    what it needs. In evaluation mode, for tiny inputs on the CPU, where the calls cost more than the work, and for inputs
+    that the op does not take (a residual of another dtype), it is exactly
 
         self.act(self.add(nn.BatchNorm2d.forward(self, x), residual))
 
@@ -126,7 +126,9 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
         return y
 
     def _fits(self, x: Tensor, residual: Tensor | None) -> bool:
-        """Whether the op takes these operands. The composition takes (or refuses) everything that PyTorch does."""
+        """Whether the op takes these operands, and gains. The composition takes (or refuses) everything that PyTorch does."""
+        if functional.is_tiny(x) and x.dtype in (torch.float32, torch.float64):  # 16-bit ones would be rounded in between
+            return not (x.dim() == 4 and x.shape[1] == self.num_features < x.numel())
         if residual is None:
             return True
         if residual.dtype != x.dtype or residual.device != x.device or residual.dim() != x.dim():

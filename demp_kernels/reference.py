@@ -100,6 +100,14 @@ def activation_forward_(
     return active, mask
 
 
+def activation_count_(x: Tensor, channel_dim: int, active: Tensor, seen: Tensor | None) -> None:
+    """Add the elements of each channel with not x <= 0 to `active`, and how many there are in a channel to `seen`."""
+    channel_dim %= x.dim()
+    active += (~(x <= 0)).sum([d for d in range(x.dim()) if d != channel_dim])
+    if seen is not None and active.numel():
+        seen += x.numel() // active.numel()
+
+
 def activation_backward(grad: Tensor, saved: Tensor, mask: Tensor, activation: str, slope: float) -> Tensor:
     """grad * act'(x). relu and leaky_relu know the sign from the mask's bits if there are any, from `saved` otherwise."""
     if activation in ("relu", "leaky_relu"):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,6 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import demp_kernels as dk
+from demp_kernels import functional
+
+
+@pytest.fixture(autouse=True, scope="module", params=["tiny", "op"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything twice: tiny inputs go to PyTorch's own ops and a count, and every size to the package's op."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "op":
+            patch.setattr(functional, "_TINY", -1)
+        yield
 
 
 class Block(nn.Module):

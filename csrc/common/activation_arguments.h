@@ -75,6 +75,25 @@ inline void check_activation_in_place(const ActivationView& view, const std::str
   }
 }
 
+inline ActivationView check_activation_count(const Tensor& x, std::int64_t channel_dim, const Tensor& active,
+                                             const std::optional<Tensor>& seen) {
+  const ActivationView view = check_activation_forward(x, "relu", channel_dim, 0, std::nullopt);
+  check_device("activation", "active", active, x);
+  if (active.scalar_type() != ScalarType::Long || active.dim() != 1 || active.size(0) != view.channels ||
+      !active.is_contiguous()) {
+    fail("activation: active must be contiguous int64 of shape (", view.channels, ",), got ",
+         dtype_name(active.scalar_type()), " of shape ", tuple_text(active.sizes()));
+  }
+  if (seen) {
+    check_device("activation", "seen", *seen, x);
+    if (seen->scalar_type() != ScalarType::Long || seen->dim() != 0) {
+      fail("activation: seen must be int64 of shape (), got ", dtype_name(seen->scalar_type()), " of shape ",
+           tuple_text(seen->sizes()));
+    }
+  }
+  return view;
+}
+
 struct ActivationBackwardView {
   int act, type;
   bool from_bits;  // the mask says which elements were active, otherwise saved

@@ -20,6 +20,14 @@ Under torch.compile the op stays opaque. Left to Inductor as relu and (~(x <= 0)
 (128, 64, 28, 28) in float32 took 45 ms in NCHW and 49 in channels_last, opaque 3.4 and 4.3; of (4, 64, 32, 32) 2.0 and 2.4,
 opaque 0.37 and 0.36 (two Zen 4 cores, torch 2.14). `demp bench activation` measures both: `compile` and `demp_compile`.
 
+`count_` adds the counts alone to counters that are there:
+
+    activation_count_(x, channel_dim, active, seen): active[c] += number of elements of channel c with not x <= 0,
+    seen += elements of a channel (if it is given). active: (C,) int64. seen: () int64 or None.
+
+With it relu of a tiny tensor on the CPU is torch.relu and a second look at x: where autograd's Python part costs more than the
+work does (`functional.is_tiny`).
+
 The backward pass keeps grad where `not saved <= 0`; `saved` is y for relu (x may be freed or overwritten) and for
 leaky_relu with a positive slope, x for the others.
 """
@@ -45,9 +53,13 @@ library.define(f"activation_forward_(Tensor(a!) x, {_ARGUMENTS}) -> (Tensor acti
 library.define(
     "activation_backward(Tensor grad, Tensor saved, Tensor mask, str activation, float slope) -> Tensor", tags=_TAGS
 )
+library.define(
+    "activation_count_(Tensor x, int channel_dim, Tensor(a!) active, Tensor(b!)? seen) -> ()", tags=_TAGS
+)
 forward = torch.ops.demp_kernels.activation_forward.default
 forward_ = torch.ops.demp_kernels.activation_forward_.default
 backward = torch.ops.demp_kernels.activation_backward.default
+count_ = torch.ops.demp_kernels.activation_count_.default
 
 # ---------------------------------------------------------------------------------------------------------------
 # checks: the compiled kernels make the same ones, with the same words
@@ -93,6 +105,24 @@ def check_forward_(
         raise ValueError(f"activation: only relu and leaky_relu can be done in place, got {activation}")
     if activation == "leaky_relu" and not slope > 0:
         raise ValueError(f"activation: slope must be > 0 in place, got {slope:g}")
+
+
+def check_count_(x: Tensor, channel_dim: int, active: Tensor, seen: Tensor | None) -> None:
+    """Raise ValueError for the first argument of `count_` that is wrong."""
+    check_forward(x, "relu", 0.0, channel_dim, 0.0, None)
+    channels = x.shape[channel_dim]
+    for name, counter in (("active", active), ("seen", seen)):
+        if counter is not None and counter.device != x.device:
+            raise ValueError(f"activation: {name} must be on {x.device}, got {counter.device}")
+    if active.dtype != torch.int64 or active.shape != (channels,) or not active.is_contiguous():
+        raise ValueError(
+            f"activation: active must be contiguous int64 of shape ({channels},), got {dtype_name(active.dtype)} of shape "
+            f"{shape_text(active.shape)}"
+        )
+    if seen is not None and (seen.dtype != torch.int64 or seen.dim() != 0):
+        raise ValueError(
+            f"activation: seen must be int64 of shape (), got {dtype_name(seen.dtype)} of shape {shape_text(seen.shape)}"
+        )
 
 
 def check_backward(grad: Tensor, saved: Tensor, mask: Tensor, activation: str, slope: float) -> None:
@@ -179,9 +209,16 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> Tensor:
     return reference.activation_backward(grad, *arguments)
 
 
+def _reference_count_(x: Tensor, channel_dim: int, active: Tensor, seen: Tensor | None) -> None:
+    check_count_(x, channel_dim, active, seen)
+    reference.activation_count_(x, channel_dim, active, seen)
+
+
 library.impl("activation_forward", _reference_forward, "CompositeExplicitAutograd")
 library.impl("activation_forward_", _reference_forward_, "CompositeExplicitAutograd")
 library.impl("activation_backward", _reference_backward, "CompositeExplicitAutograd")
+library.impl("activation_count_", _reference_count_, "CompositeExplicitAutograd")
+library.impl("activation_count_", torch.library.fallthrough_kernel, "Autograd")  # integers: nothing to be followed
 
 
 def _fake_forward_(x: Tensor, activation: str, slope: float, channel_dim: int, noise_std: float, seed: Tensor | None):
@@ -203,6 +240,7 @@ def _fake_backward(grad: Tensor, *arguments: Any):
 torch.library.register_fake("demp_kernels::activation_forward", _fake_forward, lib=library)
 torch.library.register_fake("demp_kernels::activation_forward_", _fake_forward_, lib=library)
 torch.library.register_fake("demp_kernels::activation_backward", _fake_backward, lib=library)
+torch.library.register_fake("demp_kernels::activation_count_", check_count_, lib=library)
 
 # ---------------------------------------------------------------------------------------------------------------
 # autograd

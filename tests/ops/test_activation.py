@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +29,15 @@ COUNTING: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "silu": functional.silu,
 }
 SLOPES = {name: 0.1 if name == "leaky_relu" else 0.0 for name in PLAIN}
+
+
+@pytest.fixture(autouse=True, scope="module", params=["tiny", "op"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything twice: tiny inputs go to PyTorch's own ops and a count, and every size to the package's op."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "op":
+            patch.setattr(functional, "_TINY", -1)
+        yield
 
 
 @pytest.mark.parametrize("activation", PLAIN)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 from op_table import (  # noqa: F401
     ACTIVATIONS,
+    CASES,
+    DTYPES,
     STD,
+    sample,
     seed_tensor,
     test_activation,
     test_activation_float64,
@@ -26,7 +30,7 @@ from op_table import (  # noqa: F401
 )
 
 from demp_kernels import reference
-from demp_kernels.ops import backend
+from demp_kernels.ops import activation, backend
 
 pytestmark = pytest.mark.skipif("_C" not in backend.loaded, reason=f"no compiled kernels: {backend.reasons.get('_C')}")
 
@@ -34,7 +38,8 @@ pytestmark = pytest.mark.skipif("_C" not in backend.loaded, reason=f"no compiled
 @pytest.fixture(scope="module")
 def ops() -> Any:
     names = (
-        "activation_forward", "activation_forward_", "activation_backward", "weight_noise_", "compact", "channel_select",
+        "activation_forward", "activation_forward_", "activation_backward", "activation_count_", "weight_noise_",
+        "compact", "channel_select",
     )
     # 4 ulp of the largest normal there can be (5.8)
     extra = {"device": "cpu", "normals": 4 * 5.8 * 2**-24, "long_list": 300}
@@ -66,6 +71,40 @@ def test_threads_change_nothing(ops: Any, threads: Any, case: str, noise_std: fl
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
     assert torch.equal(results[0][1], (x > 0).transpose(0, 1).flatten(1).sum(1))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=lambda t: str(t)[6:])
+@pytest.mark.parametrize("case", CASES)
+def test_counting_alone(ops: Any, case: str, dtype: torch.dtype) -> None:
+    """On the CPU only. It adds to what is there, as the reference does."""
+    x, channel_dim = sample(ops, case, dtype)
+    got, wanted = ([torch.arange(x.shape[channel_dim]), torch.tensor(5)] for _ in range(2))
+    ops.activation_count_(x, channel_dim, *got)
+    reference.activation_count_(x, channel_dim, *wanted)
+    assert all(map(torch.equal, got, wanted))
+    ops.activation_count_(x, channel_dim, got[0], None)
+    assert torch.equal(got[0], 2 * wanted[0] - torch.arange(x.shape[channel_dim])) and torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("case", ["planes", "rows", "channels last", "narrow"])
+def test_counting_alone_over_many_blocks(ops: Any, case: str) -> None:
+    x = big(case)
+    active = torch.zeros(x.shape[1], dtype=torch.int64)
+    ops.activation_count_(x, 1, active, None)
+    assert torch.equal(active, (x > 0).transpose(0, 1).flatten(1).sum(1))
+
+
+@pytest.mark.parametrize(("active", "seen", "words"), [
+    (torch.zeros(3), None, "active must be contiguous int64 of shape (3,), got float32 of shape (3,)"),
+    (torch.zeros(4, dtype=torch.int64), None, "active must be contiguous int64 of shape (3,), got int64 of shape (4,)"),
+    (torch.zeros(6, dtype=torch.int64)[::2], None, "active must be contiguous int64 of shape (3,)"),
+    (torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), "seen must be int64 of shape (), got int64 of shape (1,)"),
+])  # fmt: skip
+def test_counting_alone_refuses(ops: Any, active: torch.Tensor, seen: torch.Tensor | None, words: str) -> None:
+    for check in (ops.activation_count_, activation.check_count_):
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(words)):
+            check(torch.ones(2, 3), 1, active, seen)
+    assert not active.any()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -212,6 +212,35 @@ std::tuple<Tensor, Tensor> activation_forward_(Tensor x, std::string activation,
   return run_forward(f, x, x);
 }
 
+// ---- counting alone -------------------------------------------------------------------------------------------
+
+void activation_count_(const Tensor& x, std::int64_t channel_dim, Tensor active, std::optional<Tensor> seen) {
+  const ActivationView view = check_activation_count(x, channel_dim, active, seen);
+  const ActivationTable& t = table();
+  std::int64_t* counts = active.mutable_data_ptr<std::int64_t>();
+  const std::int64_t n = x.numel(), rows = view.outer, channels = view.channels;
+  const int size = int(x.element_size());
+  const void* elements = x.const_data_ptr();
+  if (seen && channels > 0) *seen->mutable_data_ptr<std::int64_t>() += n / channels;
+  if (n == 0) return;
+  if (view.inner == 1) {
+    const std::int64_t together = std::max<std::int64_t>(1, 512 / channels);
+    std::vector<std::int64_t> lanes(std::size_t(together * channels + t.packet[view.type]));
+    RowCounts row_counts{lanes.data(), together, 0, counts};
+    t.count_rows[view.type](elements, rows, channels, row_counts);
+    t.finish_rows[view.type](channels, row_counts);
+    return;
+  }
+  constexpr std::int64_t block = 4096;
+  alignas(64) char ignored[block * 8];
+  alignas(64) std::uint8_t bits[block / 8 + 8];
+  for (std::int64_t i = 0; i < n; i += block) {
+    const std::int64_t m = std::min(block, n - i);
+    t.flat[view.type][int(Act::relu)](at(elements, i, size), ignored, m, {0, 0, false}, bits);
+    t.count_planes(bits, i, i + m, channels, view.inner, counts);
+  }
+}
+
 // ---- backward -------------------------------------------------------------------------------------------------
 
 Tensor activation_backward(const Tensor& grad, const Tensor& saved, const Tensor& mask, std::string activation,
@@ -247,5 +276,6 @@ Tensor activation_backward(const Tensor& grad, const Tensor& saved, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(demp_kernels, CPU, m) {
   m.impl("activation_forward", TORCH_BOX(&demp::activation_forward));
   m.impl("activation_forward_", TORCH_BOX(&demp::activation_forward_));
+  m.impl("activation_count_", TORCH_BOX(&demp::activation_count_));
   m.impl("activation_backward", TORCH_BOX(&demp::activation_backward));
 }
