@@ -11,6 +11,8 @@ demp_kernels/_build_record.json, where `demp info` finds it. Environment:
 
     DEMP_REQUIRE_EXT=1     a library that should be there and cannot be built is an error
     DEMP_CUDA=0|1|auto     never build _C_cuda, insist on it, or build it where possible (default)
+    DEMP_SANITIZE=WHAT     build _C and _host with -fsanitize=WHAT (address,undefined or thread), into --build-lib only
+    DEMP_KERNELS=A,B       build these CPU kernels (activation, compact, ...) and nothing else, into --build-lib only
     TORCH_CUDA_ARCH_LIST   as in PyTorch; default 8.0;9.0;10.0+PTX
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, NVCC_FLAGS, MAX_JOBS   as usual
 """
@@ -37,6 +39,10 @@ import toolchain  # noqa: E402
 from toolchain import Unavailable  # noqa: E402
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+KERNELS = list(filter(None, os.environ.get("DEMP_KERNELS", "").split(",")))
+SANITIZE = os.environ.get("DEMP_SANITIZE", "")
+# -O1 and lines for readable reports; going on after one, so that a run tells all of them.
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fsanitize-recover=all", "-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else []
 # -z defs: a symbol that nobody provides is an error here, not on the user's first import.
 LINK_FLAGS = ["-Wl,-z,defs", "-Wl,--as-needed"]
 TORCH_FLAGS = [f"-DTORCH_TARGET_VERSION={toolchain.TORCH_TARGET_VERSION}"]
@@ -46,6 +52,7 @@ HOST_FILE = "_host" + sysconfig.get_config_var("EXT_SUFFIX")
 
 def cpu_library(torch: toolchain.Torch) -> native.Library:
     sources = sorted((ROOT / "csrc" / "ops" / "cpu").glob("*.cpp"))
+    sources = [path for path in sources if not KERNELS or path.stem.removesuffix("_kernel") in KERNELS]
     if not sources:
         raise Unavailable("no sources in csrc/ops/cpu")
     cxx = toolchain.require_cxx()
@@ -54,8 +61,11 @@ def cpu_library(torch: toolchain.Torch) -> native.Library:
         filename="_C.so",
         sources=sources,
         # -isystem: warnings in torch's headers are not ours to mend.
-        compile=[*cxx, *CXX_FLAGS, *TORCH_FLAGS, f"-I{ROOT / 'csrc'}", "-isystem", str(torch.include), *_flags("CXXFLAGS")],
-        link=[*cxx, *LINK_FLAGS],
+        compile=[
+            *(*cxx, *CXX_FLAGS, *TORCH_FLAGS, *SANITIZE_FLAGS, f"-I{ROOT / 'csrc'}", "-isystem", str(torch.include)),
+            *_flags("CXXFLAGS"),
+        ],
+        link=[*cxx, *LINK_FLAGS, *SANITIZE_FLAGS],
         link_after=[f"-L{torch.lib}", "-ltorch_cpu", *_flags("LDFLAGS")],
     )
 
@@ -66,6 +76,8 @@ def cuda_library(torch: toolchain.Torch) -> native.Library:
         raise SystemExit(f"DEMP_CUDA: expected 0, 1 or auto, got {wish!r}")
     if wish == "0":
         raise Unavailable("switched off by DEMP_CUDA=0")
+    if SANITIZE or KERNELS:
+        raise Unavailable("left out by DEMP_SANITIZE or DEMP_KERNELS")
     sources = sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.cu"))
     if not sources:
         raise Unavailable("no sources in csrc/ops/cuda")
@@ -91,6 +103,8 @@ def cuda_library(torch: toolchain.Torch) -> native.Library:
 
 
 def host_library(torch: toolchain.Torch | None) -> native.Library:
+    if KERNELS:
+        raise Unavailable("left out by DEMP_KERNELS")
     cxx = toolchain.require_cxx()
     includes = [toolchain.find_pybind11(torch), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
     flags = " ".join([*CXX_FLAGS, *_flags("CXXFLAGS")])
@@ -101,9 +115,9 @@ def host_library(torch: toolchain.Torch | None) -> native.Library:
         compile=[
             *(*cxx, *CXX_FLAGS, f'-DDEMP_COMPILE_FLAGS="{flags}"', f"-I{ROOT / 'csrc'}"),
             *(word for folder in dict.fromkeys(includes) for word in ("-isystem", str(folder))),
-            *_flags("CXXFLAGS"),
+            *(*SANITIZE_FLAGS, *_flags("CXXFLAGS")),
         ],
-        link=[*cxx, "-Wl,--as-needed"],  # without -z defs: Python's own symbols come from the interpreter
+        link=[*cxx, "-Wl,--as-needed", *SANITIZE_FLAGS],  # without -z defs: Python's own symbols come from the interpreter
         link_after=_flags("LDFLAGS"),
     )
 
@@ -121,7 +135,7 @@ def build_all(scratch: Path) -> tuple[dict[str, Path], dict[str, object]]:
         torch, no_torch = toolchain.find_torch(), ""
     except Unavailable as reason:
         torch, no_torch = None, str(reason)
-    scratch = scratch / f"{sys.implementation.cache_tag}-torch{torch.version if torch else 'none'}"
+    scratch = scratch / f"{sys.implementation.cache_tag}-torch{torch.version if torch else 'none'}" / SANITIZE
     scratch.mkdir(parents=True, exist_ok=True)
     plans: list[native.Library] = []
     outcomes: dict[str, Path | Unavailable] = {}
@@ -144,7 +158,7 @@ def build_all(scratch: Path) -> tuple[dict[str, Path], dict[str, object]]:
         "python": platform.python_version(),
         "torch": torch.version if torch else "",
         "compiler": toolchain.describe_compiler(cxx) if cxx else "",
-        "flags": " ".join([*CXX_FLAGS, *_flags("CXXFLAGS")]),
+        "flags": " ".join([*CXX_FLAGS, *SANITIZE_FLAGS, *_flags("CXXFLAGS")]),
         "nvcc": _describe_nvcc(torch),
         "libraries": libraries,
     }
@@ -164,7 +178,7 @@ def _describe_nvcc(torch: toolchain.Torch | None) -> str:
 def check_required(libraries: dict[str, dict[str, object]]) -> None:
     """Stop where the environment insists on a library that was not built, warn otherwise."""
     missing = {name: facts["reason"] for name, facts in libraries.items() if not facts["built"]}
-    required = {"_C", "_host"} if os.environ.get("DEMP_REQUIRE_EXT", "0") not in ("", "0") else set()
+    required = {"_C", *([] if KERNELS else ["_host"])} if os.environ.get("DEMP_REQUIRE_EXT", "0") not in ("", "0") else set()
     if os.environ.get("DEMP_CUDA") == "1":
         required.add("_C_cuda")
     for name, reason in missing.items():
@@ -177,6 +191,8 @@ class BuildLibraries(build_ext):
     """`build_ext` that builds the three libraries and writes the record beside them."""
 
     def run(self) -> None:
+        if self.inplace and (SANITIZE or KERNELS):
+            raise SystemExit("DEMP_SANITIZE, DEMP_KERNELS: such a build must go into a folder of its own (--build-lib), not --inplace")
         files, record = build_all(ROOT / "build" / "native")
         check_required(record["libraries"])
         package = (ROOT if self.inplace else Path(self.build_lib)) / "demp_kernels"

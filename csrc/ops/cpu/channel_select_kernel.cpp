@@ -11,6 +11,7 @@
 
 #include "common/channel_layout.h"
 #include "common/gather_arguments.h"
+#include "common/parallel.h"
 
 namespace {
 
@@ -46,7 +47,7 @@ void channels_last(const Tensor& x, Tensor& y, const Shape& s, const std::int64_
   const T* from = static_cast<const T*>(x.const_data_ptr());
   T* to = static_cast<T*>(y.mutable_data_ptr());
   const std::int64_t grain = std::max<std::int64_t>(1, kTaskBytes / (s.to * s.element));
-  torch::stable::parallel_for(0, s.outer, grain, [&](std::int64_t begin, std::int64_t end) {
+  demp::parallel_for(0, s.outer, grain, [&](std::int64_t begin, std::int64_t end) {
     select_rows(from, to, s, places, mask, begin, end);
   });
 }
@@ -56,7 +57,7 @@ void planes(const Tensor& x, Tensor& y, const Shape& s, const std::int64_t* inde
   char* to = static_cast<char*>(y.mutable_data_ptr());
   const std::int64_t bytes = s.inner * s.element;
   const std::int64_t grain = std::max<std::int64_t>(1, kTaskBytes / bytes);
-  torch::stable::parallel_for(0, s.outer * s.to, grain, [&](std::int64_t begin, std::int64_t end) {
+  demp::parallel_for(0, s.outer * s.to, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t plane = begin; plane < end; ++plane) {
       const std::int64_t channel = index[plane % s.to];
       char* target = to + plane * bytes;

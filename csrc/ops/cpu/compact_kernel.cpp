@@ -21,6 +21,7 @@
 
 #include "common/channel_layout.h"
 #include "common/gather_arguments.h"
+#include "common/parallel.h"
 
 namespace {
 
@@ -225,7 +226,7 @@ class Gather {
   }
 
   void run_in_place() {
-    torch::stable::parallel_for(0, static_cast<std::int64_t>(jobs_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+    demp::parallel_for(0, static_cast<std::int64_t>(jobs_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         const Job& job = jobs_[i];
         run_task({&job, 0, job.row_count});
@@ -242,7 +243,7 @@ class Gather {
         tasks.push_back({&job, begin, std::min(begin + step, job.row_count)});
       }
     }
-    torch::stable::parallel_for(0, static_cast<std::int64_t>(tasks.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+    demp::parallel_for(0, static_cast<std::int64_t>(tasks.size()), 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) run_task(tasks[i]);
     });
   }
