@@ -14,6 +14,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from .sass import HotLoops, widest
+
 THREADS = 256
 """Threads of a block, of every kernel here."""
 _SIZES = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}
@@ -42,8 +44,8 @@ class Kernel:
     load: int
     """Bytes of the widest load and store from global memory."""
     store: int
-    atomics_in_hot_loops: int
-    """Global atomics in the smallest loops that hold the widest loads."""
+    loops: HotLoops
+    """What the smallest loops that hold the widest loads are made of."""
     bytes_an_element: float | None
     """Moved by the kernel's definition, where it is a number: each input read once, each output written once."""
 
@@ -70,20 +72,20 @@ def kernel_table(library: Path | None = None, architecture: str | None = None) -
             if described is not None and (arch, function) in resources:
                 registers, shared, local = resources[arch, function]
                 name, element, moved = described
-                load, store = _width(code, r"LDG"), _width(code, r"STG")
-                atomics = atomics_in_hot_loops(code)
-                table.append(Kernel(name, element, arch, registers, shared, local, load, store, atomics, moved))
+                load, store = widest(code, "LDG"), widest(code, "STG")
+                table.append(Kernel(name, element, arch, registers, shared, local, load, store, HotLoops.of(code), moved))
     return sorted(table, key=lambda kernel: (kernel.architecture, kernel.name, kernel.element))
 
 
 def format_table(table: list[Kernel]) -> str:
-    """As text, a line a kernel."""
-    head = ("kernel", "element", "arch", "registers", "shared", "local", "load", "store", "bytes/element", "occupancy")
+    """As text, a line a kernel. instr/byte and mix are those of the hot loops, see `sass.HotLoops`."""
+    head = ("kernel", "element", "arch", "registers", "shared", "local", "load", "store", "bytes/element", "occupancy", "instr/byte", "mix")
     rows = [
         (
             kernel.name, kernel.element, kernel.architecture, str(kernel.registers), str(kernel.shared), str(kernel.local),
             str(kernel.load), str(kernel.store), "-" if kernel.bytes_an_element is None else f"{kernel.bytes_an_element:g}",
-            f"{kernel.occupancy:.0%}",
+            f"{kernel.occupancy:.0%}", "-" if kernel.loops.instructions_a_byte is None else f"{kernel.loops.instructions_a_byte:.1f}",
+            " ".join(f"{name} {share:.0%}" for name, share in kernel.loops.shares.items()),
         )
         for kernel in table
     ]  # fmt: skip
@@ -170,32 +172,3 @@ def describe(mangled: str) -> tuple[str, str, float | None] | None:
         moved = 2 * _SIZES[element] + (1 / 8 if noise and kind == 0 else 0)
         return f"activation_{match.group(1)} {_KIND[kind]}, {_NOISE[noise]}", _SHORT[element], moved
     return None
-
-
-def _width(code: list[str], instruction: str) -> int:
-    """Bytes of the widest access by instructions of this name."""
-    widths = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
-    widest = 0
-    for line in code:
-        if match := re.search(rf"\b{instruction}(\.[\w.]*)", line):
-            parts = match.group(1)
-            widest = max(widest, next((width for mark, width in widths.items() if mark in parts), 4))
-    return widest
-
-
-def atomics_in_hot_loops(code: list[str]) -> int:
-    """Atomics on global memory inside innermost loops with the widest loads. A loop is what a backward branch spans."""
-    at = [int(found.group(1), 16) for line in code if (found := re.match(r"\s*/\*([0-9a-f]+)\*/", line))]
-    widest = _width(code, "LDG")
-    loads = [a for a, line in zip(at, code) if _width([line], "LDG") == widest > 0]
-    atomics = [a for a, line in zip(at, code) if re.search(r"\b(RED|REDG|ATOM|ATOMG)\.", line)]
-    loops = []
-    for a, line in zip(at, code):
-        if (match := re.search(r"\bBRA(?:\.\w+)*\s.*?(0x[0-9a-f]+)", line)) and int(match.group(1), 16) < a:
-            loops.append((int(match.group(1), 16), a))
-    hot = set()
-    for load in loads:
-        around = [loop for loop in loops if loop[0] <= load <= loop[1]]
-        if around:
-            hot.add(min(around, key=lambda loop: loop[1] - loop[0]))
-    return sum(any(begin <= a <= end for begin, end in hot) for a in atomics)
