@@ -18,12 +18,15 @@ from .errors import RecipeError, need
 from .loop import RunResult, Training, Watcher, new_model, read_data, warm_up
 from .machine import machine_facts, prepare_machine, versions
 from .methods import Demon, Dense, Method
+from .outside import OUTSIDE, TorchPruning
 from .rivals import RIVALS, Rival
 from .settings import TrainSettings
 
 __all__ = ["METHODS", "Comparison", "Run", "compare", "table_rows"]
 
-METHODS = ("dense", "demp", *RIVALS)
+METHODS = ("dense", "demp", *RIVALS, *OUTSIDE)
+OURS = ("dense", "demp", *RIVALS)
+"""Compared by default; the others need packages of their own."""
 SETTINGS_FILE = "comparison.json"
 
 
@@ -35,7 +38,7 @@ class Comparison:
     sparsities: parameter sparsities of the rivals; empty: each DemP run's own, so that they are matched seed by seed.
     """
 
-    methods: tuple[str, ...] = ("dense", "demp", "snap", "cropit", "early-snap", "early-crop", "l1", "random")
+    methods: tuple[str, ...] = OURS
     seeds: int = 3
     peak_penalties: tuple[float, ...] = ()
     sparsities: tuple[float, ...] = ()
@@ -55,7 +58,7 @@ class Comparison:
         for sparsity in self.sparsities:
             if not 0 < sparsity < 1:
                 raise RecipeError(f"sparsity must be between 0 and 1, got {sparsity}")
-        if not self.sparsities and "demp" not in self.methods and set(self.methods) & set(RIVALS):
+        if not self.sparsities and "demp" not in self.methods and set(self.methods) - {"dense"}:
             raise RecipeError("sparsity is required where demp, whose sparsity the others would match, is not compared")
 
 
@@ -102,7 +105,7 @@ class Run:
 
 
 def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
-    """Make the runs that `out` does not have yet, one after the other, and write runs.csv, table.csv and comparison.html.
+    """Make the runs that `out` does not have yet, one after the other, and write tables, figures and comparison.html.
 
     Stopped at any moment and called again with the same settings, it goes on behind the last finished run. Raises
     RecipeError, in one line, for what cannot be compared or an `out` of another comparison.
@@ -140,7 +143,7 @@ def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
         comparison_report.write(settings.out, settings, runs, facts)  # a report of what there is, from the first run on
     comparison_report.write(settings.out, settings, runs, facts)
     console.print(comparison_report.terminal_table(runs))
-    console.print(f"written to {settings.out}: comparison.html, table.csv, runs.csv", soft_wrap=True)
+    console.print(f"written to {settings.out}: comparison.html, table.md, table.csv, runs.csv, figures", soft_wrap=True)
     return runs
 
 
@@ -164,12 +167,14 @@ def _plan(
             for name in comparison.methods:
                 if name in RIVALS:
                     yield Rival(name, sparsity), level, seeded
+                elif name in OUTSIDE:
+                    yield TorchPruning(name, sparsity), level, seeded
 
 
 def _count(settings: TrainSettings, comparison: Comparison) -> int:
     penalties = len(comparison.peak_penalties) or 1
     own = ("dense" in comparison.methods) + ("demp" in comparison.methods) * penalties
-    rivals = sum(name in RIVALS for name in comparison.methods)
+    rivals = sum(name not in ("dense", "demp") for name in comparison.methods)
     return comparison.seeds * (own + rivals * (len(comparison.sparsities) or penalties))
 
 

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
     )
     group = parser.add_argument_group("what is compared")
-    group.add_argument("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} (default: all)")
+    group.add_argument("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} (default: all but Torch-Pruning's tp-...)")
     group.add_argument("--seeds", type=int, metavar="N", help="runs of each method, with seeds 0 to N-1 (default: 3)")
     group.add_argument(
         "--peak-penalty", type=float, nargs="+", metavar="X", help="a DemP run for each (default: that of the recipe)"

@@ -1,4 +1,4 @@
-"""The results of `demp compare`: a table in the terminal, table.csv, runs.csv, comparison.html."""
+"""The results of `demp compare`: a table in the terminal, table.csv, table.md, runs.csv, figures, comparison.html."""
 from __future__ import annotations
 
 import csv
@@ -24,6 +24,7 @@ HEAD = [
     "method", "level", "runs", "accuracy, %", "params gone", "units gone", "training FLOPs", "seconds", "speed-up",
     "inference ms",
 ]
+FIGURES = ("accuracy_against_sparsity.svg", "accuracy_against_seconds.svg", "live_units.svg")
 SHORT = (0, 1, 3, 4, 7, 8)
 """Numbers of the columns that the terminal shows."""
 
@@ -34,22 +35,22 @@ def write(out: Path, settings: TrainSettings, runs: list[Run], facts: dict[str, 
     _write_csv(out / "table.csv", COLUMNS, rows)
     _write_csv(out / "runs.csv", RUN_COLUMNS, [{name: getattr(run, name) for name in RUN_COLUMNS} for run in runs])
     first = [run for run in runs if run.seed == runs[0].seed and run.level in ("", _some_level(runs))]
+    (out / "table.md").write_text(_markdown(settings, rows, facts))
     figures = [
         ("Accuracy against parameter sparsity", accuracy_against(rows, runs, "sparsity", "parameters gone, %")),
         ("Accuracy against training time", accuracy_against(rows, runs, "train_seconds", "training seconds")),
     ]
     if any(run.result.total for run in first):
         figures.append((f"Live units, seed {runs[0].seed}", live_units(first)))
+    for name, (_, svg) in zip(FIGURES, figures):
+        (out / name).write_text(svg)
     wide = [
         (f"Live units of every layer: {TITLES[run.method]}, {run.level}, seed {run.seed}", layers_over_time(run.result))
         for run in first if run.method == "demp"
     ]
     (out / "comparison.html").write_text(page(
         title=f"{settings.model} on {settings.data}: pruning methods compared",
-        subtitle=(
-            f"{settings.epochs} epochs, batch {settings.batch_size}, means over seeds with one standard deviation. "
-            f"{facts.get('gpu') or facts['processor']}, {facts['threads']} threads, torch {facts['torch']}."
-        ),
+        subtitle=_subtitle(settings, facts),
         notice="",
         cards=_cards(rows),
         titles=HEAD,
@@ -58,8 +59,21 @@ def write(out: Path, settings: TrainSettings, runs: list[Run], facts: dict[str, 
         figures=figures,
         wide=wide,
         facts={**{k: v for k, v in settings.as_json().items() if k not in ("seed", "out", "peak_penalty")}, **facts},
-        files=["table.csv", "runs.csv", *(f"runs/{run.file}" for run in runs)],
+        files=["table.csv", "table.md", "runs.csv", *FIGURES[:len(figures)], *(f"runs/{run.file}" for run in runs)],
     ))
+
+
+def _subtitle(settings: TrainSettings, facts: dict[str, Any]) -> str:
+    return (
+        f"{settings.epochs} epochs, batch {settings.batch_size}, means over seeds with one standard deviation. "
+        f"{facts.get('gpu') or facts['processor']}, {facts['threads']} threads, torch {facts['torch']}."
+    )
+
+
+def _markdown(settings: TrainSettings, rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    lines = ["| " + " | ".join(HEAD) + " |", "| --- | --- |" + " --: |" * (len(HEAD) - 2)]
+    lines += ["| " + " | ".join(_texts(row)) + " |" for row in rows]
+    return f"# {settings.model} on {settings.data}: pruning methods compared\n\n{_subtitle(settings, facts)}\n\n" + "\n".join(lines) + "\n"
 
 
 def terminal_table(runs: list[Run]) -> Table:

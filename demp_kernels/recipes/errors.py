@@ -16,6 +16,7 @@ def need(module: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
-        reason = f"{purpose} needs {package}, which cannot be imported ({error}): pip install 'demp-kernels[train]'"
+        package = {"sklearn": "scikit-learn", "torch_pruning": "torch-pruning"}.get(module.split(".")[0], module.split(".")[0])
+        wanted = package if package in ("timm", "torch-pruning") else "'demp-kernels[train]'"  # those belong to no extra of their own
+        reason = f"{purpose} needs {package}, which cannot be imported ({error}): pip install {wanted}"
         raise RecipeError(reason) from error

@@ -1,0 +1,51 @@
+"""Torch-Pruning in the comparison: the sparsity reached, the optimiser's parameters, a package that is missing."""
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from demp_kernels.cli import main
+from demp_kernels.recipes.errors import RecipeError
+from demp_kernels.recipes.outside import OUTSIDE, TorchPruning, _adopt
+
+SMALL = [
+    "compare", "--model", "resnet18", "--width", "8", "--train-size", "160", "--batch-size", "32", "--epochs", "4", "--image-size", "8",
+    "--lr", "0.01", "--threads", "1", "--seeds", "1", "--sparsity", "0.5",
+]
+
+
+def test_both_reach_the_sparsity_and_go_on_training(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    assert main([*SMALL, "--methods", "dense", *OUTSIDE, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "runs.csv").open() as file:
+        runs = {row["method"]: row for row in csv.DictReader(file)}
+    assert set(runs) == {"dense", *OUTSIDE}
+    for name in OUTSIDE:
+        assert 0.5 <= float(runs[name]["sparsity"]) < 0.6
+        # a quarter, or half of the run was dense
+        assert 0.3 < int(runs[name]["train_flops"]) / int(runs["dense"]["train_flops"]) < 0.95
+    assert "Torch-Pruning, magnitude" in (tmp_path / "table.md").read_text()
+
+
+def test_the_optimiser_has_the_parameters_that_took_the_others_place() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW([{"params": model[0].parameters(), "lr": 0.5}, {"params": model[1].parameters()}])
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    before = dict(model.named_parameters())
+    model[0].weight = nn.Parameter(torch.zeros(2, 3))
+    _adopt(optimizer, before, dict(model.named_parameters()))
+    assert optimizer.param_groups[0]["params"][0] is model[0].weight and optimizer.param_groups[0]["lr"] == 0.5
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    assert before["0.weight"] not in optimizer.state and model[1].weight in optimizer.state
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(RecipeError, match="the method tp-magnitude needs torch-pruning.*: pip install torch-pruning$"):
+        TorchPruning("tp-magnitude", 0.5)
