@@ -8,6 +8,7 @@ every rank, because a checkpoint holds the random state of one.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -117,6 +118,9 @@ def joined(device: torch.device) -> Iterator[None]:
         return
     if not dist.is_available():
         raise RecipeError(f"several processes need torch.distributed, which this torch ({torch.__version__}) is without")
+    # a 1x1 kernel in channels_last comes out of a removal with the strides of the other layout, the same memory; gradients
+    # are copied into the exchange's buckets in either case
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield
     dist.destroy_process_group()

@@ -14,11 +14,14 @@ import torch
 import torch.distributed as dist
 
 from demp_kernels.cli import main
-from demp_kernels.recipes import settings
+from demp_kernels.recipes import settings as settings_module
 from demp_kernels.recipes.errors import RecipeError
+from demp_kernels.recipes.loop import Training, read_data
+from demp_kernels.recipes.methods import Demon
 from demp_kernels.recipes.ranks import Ranks, announced
 from demp_kernels.recipes.settings import TrainSettings, resolve_device
 from demp_kernels.training.checkpoint_file import read_file
+from demp_kernels.training.penalty import penalised_parameters
 
 needs_torchrun = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without torch.distributed")
 
@@ -105,8 +108,23 @@ def test_accumulation_is_the_whole_batch(one: Path, tmp_path: Path) -> None:
     assert_like(tmp_path, one)
 
 
+def test_a_scaled_loss_takes_the_steps_of_a_plain_one() -> None:
+    """GradScaler by itself, without fp16: a power of two leaves every digit where it is. The penalty is not scaled."""
+    settings = TrainSettings(
+        model="mlp", width=32, train_size=320, batch_size=32, epochs=2, lr=0.05, peak_penalty=0.3, device="cpu", accumulate=2,
+    ).resolved()
+    losses, scales = [], []
+    for enabled in (False, True):
+        training = Training(settings, Demon(), read_data(settings), [])
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+        losses.append([row["loss"] for row in training.run().rows])
+        scales.append(torch.cat([p.detach() for p in penalised_parameters(training.model, "scales")]))
+    assert losses[0] == losses[1] and torch.equal(*scales)
+    assert scales[0].mean() < 0.9  # the penalty has moved them
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "current_ranks", lambda: Ranks(0, 2))
+    monkeypatch.setattr(settings_module, "current_ranks", lambda: Ranks(0, 2))
     text = "batch-size must be a multiple of processes times accumulate, 2 x 3, got 32"
     with pytest.raises(RecipeError, match=text):
         TrainSettings(batch_size=32, accumulate=3).resolved()
