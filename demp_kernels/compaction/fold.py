@@ -83,15 +83,19 @@ class Folding:
         while True:
             self.keep = graph.keep(dead, round_to=round_to, min_units=min_units, nonzero=nonzero, stay=stay)
             self._found = [_measure(model, graph, self.keep, batches) for model in models]
-            over = {path for found in self._found for path, loss in found.items() if loss.folded.change > max_change}
+            over = {
+                path: loss.classes for found in self._found for path, loss in found.items() if loss.folded.change > max_change
+            }
             if not over:
                 break
-            new = over - alone.keys()
+            for path, lost in over.items():
+                if path in stay and np.isin(lost, stay[path]).all():
+                    raise CompactionError(f"{path} would change by more than {max_change:g}: inputs that must be zero are not")
+            # others may be lost than before: widths are kept by other units
+            new = [path for path, lost in over.items() if path not in alone or not np.isin(lost, alone[path].classes).all()]
             alone |= _one_by_one(models, graph, self.keep, batches, new) if new else {}
             for path in over:
                 stay[path] = np.union1d(stay.get(path, np.empty(0, np.int64)), alone[path].too_much(max_change))
-                if alone[path].asked == 3:
-                    del alone[path]  # rounding of widths may make others go next
         self.folded = {path: loss.folded for path, loss in self._found[0].items() if loss.folded.change_without > 0}
         self.kept = _reasons(graph, nonzero, self.keep, stay, max_change)
 
@@ -141,8 +145,9 @@ class _Moments:
 
 @dataclass
 class _Loss:
-    """What a layer is given for inputs that it loses: `by` is added to `into`, (outputs that stay,)."""
+    """What a layer is given for the inputs that it loses, of `classes`: (outputs that stay,) `by`, added to a tensor."""
 
+    classes: np.ndarray
     by: Tensor
     folded: Folded
 
@@ -174,14 +179,14 @@ class _Meter:
     Args:
         classes: (inputs,) the class of each. gone: (inputs,) bool. alone: measure each lost class on its own, too.
 
-    output: moments of the whole output, (outputs,), over samples and positions. lost: of what all lost inputs gave. parts:
-    of what each of `numbers`, the lost classes, gave, (classes, outputs).
+    gone: inputs that are lost. lost: their classes. moments: over samples and positions, of the whole output, of what all
+    lost inputs gave, (outputs,) each, and with `alone` of what each lost class gave, (classes, outputs).
     """
 
     def __init__(self, classes: np.ndarray, gone: np.ndarray, alone: bool) -> None:
         self.gone = np.nonzero(gone)[0]
-        self.numbers = np.unique(classes[gone]) if alone else np.empty(0, np.int64)
-        self._columns = [np.nonzero(classes == number)[0] for number in self.numbers]
+        self.lost = np.unique(classes[gone])
+        self._columns = [np.nonzero(classes == number)[0] for number in self.lost] if alone else []
         self.moments: list[_Moments] = []
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -267,7 +272,7 @@ def _measure(model: nn.Module, graph: UnitGraph, keep: Keep, batches: Batches) -
         without = left + (lost.count * lost.mean**2).sum()
         change, change_without = (float(_share(part, whole).sqrt()) for part in (left, without))
         folded = Folded(str(reader.into), meter.gone.size, change, change_without)
-        losses[reader.path] = _Loss(reader.sign * lost.mean, folded)
+        losses[reader.path] = _Loss(meter.lost, reader.sign * lost.mean, folded)
     return losses
 
 
@@ -281,7 +286,7 @@ def _one_by_one(
         for reader, meter, (output, _, parts) in _meters(model, graph, keep, batches, paths):
             found = _share(parts.deviation.sum(-1), output.deviation.sum()).cpu().numpy()
             squares[reader.path] = np.maximum(squares.get(reader.path, found), found)
-            numbers[reader.path] = meter.numbers
+            numbers[reader.path] = meter.lost
     return {path: _Alone(numbers[path], squares[path]) for path in squares}
 
 

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import demp_kernels as dk
 from demp_kernels.compaction import CompactionError
+from demp_kernels.compaction.fold import Batches, Folding
 
 IMAGES = torch.randn(8, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 GONE = torch.arange(12) % 3 == 0
@@ -418,3 +421,35 @@ def test_the_controller_folds() -> None:
         assert bool(report.folded) == (way == "folded") == bool(calls)
         jumps[way] = float((model.eval()(x) - before).pow(2).mean().sqrt().detach())
     assert jumps["folded"] < 0.3 * jumps["dropped"], jumps
+
+
+def test_processes_fold_what_all_of_them_see() -> None:
+    """Two processes, stood in for by threads, with a batch each: the same as one with both."""
+    torch.manual_seed(0)
+    net = made_constant(ROUGH["zero padding before BatchNorm"]()).eval()
+    graph = graph_of(net)
+    barrier, given = threading.Barrier(2), {}
+
+    def add_up_as(rank: int) -> Callable[[list[Tensor]], None]:
+        def add_up(tensors: list[Tensor]) -> None:
+            given[rank] = [t.clone() for t in tensors]
+            barrier.wait(60)
+            for tensor, *parts in zip(tensors, given[0], given[1]):
+                tensor.copy_(sum(parts))
+            barrier.wait(60)
+
+        return add_up
+
+    def plan(batches: Batches) -> Folding:
+        return Folding([copy.deepcopy(net)], graph, {"2": ~GONE}, batches, round_to=1, min_units=1, max_change=0.8)
+
+    shares = [Batches([(IMAGES[:3],)], add_up_as(0)), Batches([(IMAGES[3:],)], add_up_as(1))]
+    with ThreadPoolExecutor(2) as pool:
+        first_rank, second_rank = pool.map(plan, shares)
+    alone = plan(Batches([(IMAGES,)]))
+    assert 0 < (~alone.keep.atoms).sum() and alone.kept  # some go, some stay
+    for rank in (first_rank, second_rank):
+        assert (rank.keep.atoms == alone.keep.atoms).all()
+        assert rank.folded["3"].change == pytest.approx(alone.folded["3"].change, rel=1e-9)
+        assert rank.folded["3"].change_without == pytest.approx(alone.folded["3"].change_without, rel=1e-9)
+    assert first_rank.folded == second_rank.folded
