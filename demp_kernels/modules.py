@@ -6,6 +6,7 @@ modules are their plain PyTorch counterparts: nothing is counted and no noise is
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -159,6 +160,8 @@ class DemPLeakyReLU(DemPActivation):
     ) -> None:
         super().__init__(noise_std=noise_std, channel_dim=channel_dim)
         require_number("DemPLeakyReLU: negative_slope", negative_slope)
+        if not math.isfinite(negative_slope):
+            raise ValueError(f"DemPLeakyReLU: negative_slope must be finite, got {negative_slope}")
         self.negative_slope = float(negative_slope)
         self.inplace = inplace
 

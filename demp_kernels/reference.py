@@ -266,12 +266,15 @@ def norm_act_backward(
 
 
 def norm_act_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel; zeros if there are no elements."""
+    """Mean and biased variance of every channel; zeros if there are no elements.
+
+    A variance that overflows is NaN: divided by infinity, z would be the bias, and a unit that diverged could look dead.
+    """
     wide = _wide(x)
     if not x.numel():
         return wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1])
     var, mean = torch.var_mean(wide, [d for d in range(x.dim()) if d != 1], correction=0)
-    return mean, var
+    return mean, torch.where(var.isinf(), math.nan, var)
 
 
 def _normalised(

@@ -30,8 +30,9 @@ struct ActivationView {
   bool with_mask() const { return noisy && is_piecewise_linear(act); }
 };
 
-inline ActivationView check_activation_forward(const Tensor& x, const std::string& activation, std::int64_t channel_dim,
-                                               double noise_std, const std::optional<Tensor>& seed) {
+inline ActivationView check_activation_forward(const Tensor& x, const std::string& activation, double slope,
+                                               std::int64_t channel_dim, double noise_std,
+                                               const std::optional<Tensor>& seed) {
   ActivationView view{};
   view.act = check_activation(activation);
   view.type = type_index(x.scalar_type());
@@ -50,6 +51,7 @@ inline ActivationView check_activation_forward(const Tensor& x, const std::strin
     fail("activation: x must be contiguous, or channels_last with channel_dim 1, got strides ",
          tuple_text(x.strides()));
   }
+  if (!std::isfinite(slope)) fail("activation: slope must be finite, got ", number_text(slope));
   if (!(noise_std >= 0 && std::isfinite(noise_std))) {
     fail("activation: noise_std must be finite and >= 0, got ", number_text(noise_std));
   }

@@ -55,7 +55,8 @@ inline void check_norm_act_statistic(const char* name, const Tensor& value, cons
 
 // What forward and backward share.
 inline NormActView check_norm_act(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                  const std::optional<Tensor>& residual, const std::string& activation, double eps) {
+                                  const std::optional<Tensor>& residual, const std::string& activation, double slope,
+                                   double eps) {
   static const char* const names[] = {"relu", "leaky_relu", "gelu", "gelu_tanh", "silu"};
   NormActView v{};
   v.act = -1;
@@ -79,6 +80,7 @@ inline NormActView check_norm_act(const Tensor& x, const std::optional<Tensor>& 
   check_norm_act_parameter("weight", weight, x);
   check_norm_act_parameter("bias", bias, x);
   if (residual) check_norm_act_like("residual", *residual, x);
+  if (!std::isfinite(slope)) fail("norm_act: slope must be finite, got ", number_text(slope));
   if (!(eps > 0 && std::isfinite(eps))) fail("norm_act: eps must be finite and > 0, got ", number_text(eps));
   std::int64_t plane = 1;
   for (std::int64_t d = 2; d < x.dim(); ++d) plane *= x.size(d);
@@ -106,8 +108,8 @@ inline bool check_norm_act_noise(const Tensor& x, double noise_std, const std::o
 inline NormActView check_norm_act_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight,
                                            const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                                            const Tensor& mean, const Tensor& var, const Tensor& mask,
-                                           const std::string& activation, double eps, bool added) {
-  const NormActView v = check_norm_act(x, weight, bias, residual, activation, eps);
+                                           const std::string& activation, double slope, double eps, bool added) {
+  const NormActView v = check_norm_act(x, weight, bias, residual, activation, slope, eps);
   check_norm_act_like("grad", grad, x);
   check_norm_act_statistic("mean", mean, x);
   check_norm_act_statistic("var", var, x);

@@ -84,6 +84,8 @@ def check_forward(
         raise ValueError(
             f"activation: x must be contiguous, or channels_last with channel_dim 1, got strides {shape_text(x.stride())}"
         )
+    if not math.isfinite(slope):
+        raise ValueError(f"activation: slope must be finite, got {slope:g}")
     if not (noise_std >= 0 and math.isfinite(noise_std)):
         raise ValueError(f"activation: noise_std must be finite and >= 0, got {noise_std:g}")
     if noise_std > 0:

@@ -9,7 +9,8 @@ larger than sqrt(var). Activations, `active` and `xi` are those of `ops.activati
     x: (N, C, *), at least two dimensions; float32, bfloat16, float16 or float64; contiguous or channels_last(_3d); more
         than one value a channel, or none. Arithmetic is in the wide type: float32 (float64 for float64).
     weight, bias: (C,) in x's dtype or the wide type, or None for 1 and 0. residual: like x, or None.
-    y: like x. active: (C,) int64. mean, var: (C,) in the wide type, without a gradient; zeros if x is empty.
+    y: like x. active: (C,) int64. mean, var: (C,) in the wide type, without a gradient; zeros if x is empty. var is NaN, and
+        with it all of the channel (active then), where it overflows the wide type: |x| above 1e19 in float32.
     mask: for relu and leaky_relu with a residual: uint8, one bit an element in y's memory order, bit i % 8 of byte i // 8;
         in a contiguous x with planes of more than one element each plane begins a new byte: (N * C, ceil(plane / 8)),
         else (1, ceil(numel / 8)). Otherwise empty.
@@ -77,7 +78,7 @@ def check_forward(
     seed: Tensor | None,
 ) -> None:
     """Raise ValueError for the first argument of `forward` that is wrong."""
-    _check_common(x, weight, bias, residual, activation, eps)
+    _check_common(x, weight, bias, residual, activation, slope, eps)
     if not (noise_std >= 0 and math.isfinite(noise_std)):
         raise ValueError(f"norm_act: noise_std must be finite and >= 0, got {noise_std:g}")
     if noise_std > 0:
@@ -105,7 +106,7 @@ def check_backward(
     added: bool,
 ) -> None:
     """Raise ValueError for the first argument of `backward` that is wrong."""
-    _check_common(x, weight, bias, residual, activation, eps)
+    _check_common(x, weight, bias, residual, activation, slope, eps)
     _check_like("grad", grad, x)
     for name, value in (("mean", mean), ("var", var)):
         if value.shape != (x.shape[1],) or value.dtype != wide(x.dtype):
@@ -124,7 +125,7 @@ def check_backward(
 
 
 def _check_common(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: str, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: str, slope: float, eps: float
 ) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"norm_act: activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
@@ -144,6 +145,8 @@ def _check_common(
             )
     if residual is not None:
         _check_like("residual", residual, x)
+    if not math.isfinite(slope):
+        raise ValueError(f"norm_act: slope must be finite, got {slope:g}")
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"norm_act: eps must be finite and > 0, got {eps:g}")
 

@@ -1,6 +1,6 @@
 """weight noise: t += std * live[row] * xi over a whole list of tensors, in one call.
 
-    tensors: any shapes and strides; float32, bfloat16, float16 or float64; one device. A row is an index along dim 0
+    tensors: any shapes and strides, but not expanded; float32, bfloat16, float16 or float64; one device. A row is an index along dim 0
         (a tensor without dimensions is one row).
     live: for every tensor a (rows,) bool tensor or None: rows that get noise.
     seed: (1,) int64 on the tensors' device.
@@ -48,6 +48,11 @@ def check(tensors: Sequence[Tensor], live: Sequence[Tensor | None], std: float, 
             )
         if t.device != device:
             raise ValueError(f"weight_noise_: tensors[{i}] must be on {device} like the first, got {t.device}")
+        if t.layout == torch.strided and any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
+            raise ValueError(
+                f"weight_noise_: tensors[{i}] must have memory for each of its elements, got shape {shape_text(t.shape)} with "
+                f"strides {shape_text(t.stride())}"
+            )
         count = t.shape[0] if t.dim() else 1
         if rows is not None and (rows.dtype != torch.bool or rows.shape != (count,) or rows.device != device):
             raise ValueError(

@@ -68,6 +68,8 @@ def test_opcheck() -> None:
         (lambda t: functional.weight_noise_([t], math.inf), "std must be finite and >= 0, got inf"),
         (lambda t: functional.weight_noise_([t], 1.0, []), r"live must have one entry a tensor \(1\), got 0"),
         (lambda t: functional.weight_noise_([t], 1.0, [torch.ones(3)]), r"live\[0\] must be bool of shape \(2,\)"),
+        (lambda t: functional.weight_noise_([t, t[0].expand(4, 3)], 1.0),
+         r"tensors\[1\] must have memory for each of its elements, got shape \(4, 3\) with strides \(0, 1\)"),
         (lambda t: functional.weight_noise_([t.int()], 1.0), r"tensors\[0\] must be float32.*got int32"),
         (lambda t: functional.weight_noise_([t], 1.0, seed=torch.zeros(1)), "seed must be int64 of shape"),
     ],

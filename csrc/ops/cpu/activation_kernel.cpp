@@ -75,7 +75,7 @@ struct Forward : ActivationView {
 
 Forward read_forward(const Tensor& x, const std::string& activation, double slope, std::int64_t channel_dim,
                      double noise_std, const std::optional<Tensor>& seed) {
-  Forward f{check_activation_forward(x, activation, channel_dim, noise_std, seed), {slope, noise_std, false}, 0};
+  Forward f{check_activation_forward(x, activation, slope, channel_dim, noise_std, seed), {slope, noise_std, false}, 0};
   if (f.noisy) f.seed = std::uint64_t(*seed->const_data_ptr<std::int64_t>());
   return f;
 }

@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -211,6 +212,8 @@ struct Statistics {
   void set(std::size_t i, const Moments& m) {
     mean[i] = rounded(m.mean, type);
     var[i] = rounded(m.m2 / m.n, type);
+    // Divided by an infinite deviation, z would be the bias, and a unit that diverged could look dead: NaN instead.
+    if (std::isinf(var[i])) var[i] = std::numeric_limits<double>::quiet_NaN();
     scale[i] = rounded(weight[i] / std::sqrt(var[i] + eps), type);
   }
 };
@@ -256,7 +259,7 @@ void run_forward(Problem& p, Statistics& s, std::int64_t* active) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
     const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
     std::string activation, double slope, double eps, double noise_std, std::optional<Tensor> seed) {
-  const NormActView view = check_norm_act(x, weight, bias, residual, activation, eps);
+  const NormActView view = check_norm_act(x, weight, bias, residual, activation, slope, eps);
   Problem p = problem_of(view, x, slope);
   p.noisy = check_norm_act_noise(x, noise_std, seed);
   if (p.noisy) p.seed = std::uint64_t(*seed->const_data_ptr<std::int64_t>());
@@ -344,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
     std::optional<Tensor> residual, const Tensor& mean, const Tensor& var, const Tensor& mask, std::string activation,
     double slope, double eps, bool added) {
   const NormActView view =
-      check_norm_act_backward(grad, x, weight, bias, residual, mean, var, mask, activation, eps, added);
+      check_norm_act_backward(grad, x, weight, bias, residual, mean, var, mask, activation, slope, eps, added);
   Problem p = problem_of(view, x, slope);
   p.added = added;
   if (added && view.is_linear()) p.mask = const_cast<std::uint8_t*>(mask.const_data_ptr<std::uint8_t>());

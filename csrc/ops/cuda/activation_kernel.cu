@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> run_forward(const ActivationView& view, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> activation_forward(const Tensor& x, std::string activation, double slope,
                                                       std::int64_t channel_dim, double noise_std,
                                                       std::optional<Tensor> seed) {
-  const ActivationView view = check_activation_forward(x, activation, channel_dim, noise_std, seed);
+  const ActivationView view = check_activation_forward(x, activation, slope, channel_dim, noise_std, seed);
   const DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::empty_like(x);
   auto [active, mask] = run_forward(view, x, y, slope, noise_std, seed);
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> activation_forward(const Tensor& x, std::stri
 
 std::tuple<Tensor, Tensor> activation_forward_(Tensor x, std::string activation, double slope, std::int64_t channel_dim,
                                                double noise_std, std::optional<Tensor> seed) {
-  const ActivationView view = check_activation_forward(x, activation, channel_dim, noise_std, seed);
+  const ActivationView view = check_activation_forward(x, activation, slope, channel_dim, noise_std, seed);
   check_activation_in_place(view, activation, slope);
   const DeviceGuard guard(x.get_device_index());
   return run_forward(view, x, x, slope, noise_std, seed);

@@ -48,7 +48,9 @@ __global__ void __launch_bounds__(kThreads) norm_act_moments(const Moments<W> a)
   if (threadIdx.y != 0 || c >= a.channels) return;
   const bool any = a.splits > 0;
   a.mean[c] = any ? static_cast<W>(read<double>(a.x, c * a.inner) + all.v[1]) : W(0);
-  a.var[c] = any ? static_cast<W>(all.v[2] / all.v[0]) : W(0);
+  const W var = any ? static_cast<W>(all.v[2] / all.v[0]) : W(0);
+  // NaN where it is infinite: divided by that, z would be the bias, and a unit that diverged could look dead.
+  a.var[c] = var + (var - var);
   a.active[c] = 0;
 }
 

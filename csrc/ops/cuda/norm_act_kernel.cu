@@ -27,7 +27,7 @@ const void* data_of(const std::optional<Tensor>& t) { return t ? t->const_data_p
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
     const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
     std::string activation, double slope, double eps, double noise_std, std::optional<Tensor> seed) {
-  const NormActView view = check_norm_act(x, weight, bias, residual, activation, eps);
+  const NormActView view = check_norm_act(x, weight, bias, residual, activation, slope, eps);
   const bool noisy = check_norm_act_noise(x, noise_std, seed), bits = residual && view.is_linear();
   const DeviceGuard guard(x.get_device_index());
   const NormActShape shape = shape_of(view);
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
     const Tensor& grad, const Tensor& x, std::optional<Tensor> weight, std::optional<Tensor> bias,
     std::optional<Tensor> residual, const Tensor& mean, const Tensor& var, const Tensor& mask, std::string activation,
     double slope, double eps, bool added) {
-  const NormActView view = check_norm_act_backward(grad, x, weight, bias, residual, mean, var, mask, activation, eps, added);
+  const NormActView view = check_norm_act_backward(grad, x, weight, bias, residual, mean, var, mask, activation, slope, eps, added);
   const DeviceGuard guard(x.get_device_index());
   const NormActShape shape = shape_of(view);
   const ScalarType wide = norm_act_wide(x.scalar_type());

@@ -152,7 +152,9 @@ def _combine_statistics(
         squares += tl.load(partial + at, mask=known, other=0.0) * apart * apart
     first = tl.load(x + column * inner, mask=column < channels, other=0.0).to(WIDE)
     tl.store(mean + column, first + together, mask=column < channels)
-    tl.store(var + column, tl.sum(squares, axis=0) / n, mask=column < channels)
+    variance = tl.sum(squares, axis=0) / n
+    # NaN where it is infinite: divided by that, z would be the bias, and a unit that diverged could look dead
+    tl.store(var + column, variance + (variance - variance), mask=column < channels)
     tl.store(active + column, tl.zeros((CHANNELS,), tl.int64), mask=column < channels)
 
 
