@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Number
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["check_model_state", "check_optimizer_states", "entry"]
+__all__ = ["check_model_state", "check_optimizer_states", "check_tensors", "entry"]
 
 Shape = Callable[[Tensor], tuple[int, ...]]
 """The shape that a parameter or buffer of the model will have when the state is loaded."""
@@ -24,6 +24,18 @@ def entry(content: Any, name: str, kind: type | tuple[type, ...], where: str = "
         wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
         raise ValueError(f"{where} must have {name!r}, of type {wanted}, got {type(value).__name__}")
     return value
+
+
+def check_tensors(name: str, value: Any) -> None:
+    """Raises ValueError unless every tensor in dictionaries and sequences of them is a dense one that has values."""
+    if isinstance(value, Tensor):
+        _check_tensor(name, value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_tensors(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            check_tensors(f"{name}.{number}", item)
 
 
 def check_model_state(
@@ -69,7 +81,7 @@ def check_optimizer_states(optimizers: Sequence[Optimizer], states: Any, shape: 
             if type(number) is not int or not 0 <= number < len(parameters) or not isinstance(values, dict):
                 raise ValueError(f"an optimiser's state must be of one of its {len(parameters)} parameters, got {number!r}")
             for key, value in values.items():
-                _check_moment(optimizer, f"{key} of parameter {number}", value, shape(parameters[number]))
+                _check_moment(optimizer, f"{key} of parameter {number}", value, parameters[number], shape(parameters[number]))
 
 
 def _check_groups(optimizer: Optimizer, saved: list[Any]) -> None:
@@ -90,10 +102,12 @@ def _check_groups(optimizer: Optimizer, saved: list[Any]) -> None:
                 raise ValueError(f"a parameter group must have {key!r} like {value!r}, got {got}")
 
 
-def _check_moment(optimizer: Optimizer, name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _check_moment(optimizer: Optimizer, name: str, value: Any, parameter: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor):
         return
     _check_tensor(name, value)
+    if value.is_complex() and not parameter.is_complex():
+        raise ValueError(f"{name} must be real as the parameter is, got {value.dtype}")
     # L-BFGS keeps its history, over all parameters, with the first of them
     flat = isinstance(optimizer, torch.optim.LBFGS) or value.numel() == 1 or value.dim() != len(shape)
     if not flat and any(size not in (1, wanted) for size, wanted in zip(value.shape, shape)):
@@ -116,8 +130,8 @@ def _alike(own: Any, saved: Any) -> bool:
     tensors, sequences of numbers."""
     if own is None or isinstance(own, bool):
         return saved is None or isinstance(saved, bool)
-    if isinstance(own, (Number, Tensor)):
-        return (isinstance(saved, Number) and not isinstance(saved, bool)) or (
+    if isinstance(own, (Real, Tensor)):
+        return (isinstance(saved, Real) and not isinstance(saved, bool)) or (
             isinstance(saved, Tensor) and saved.numel() == 1
         )
     if isinstance(own, (tuple, list)):

@@ -15,7 +15,7 @@ from ..compaction import plan_to_dict
 from ..compaction.entry import as_followers
 from ..compaction.optimizer import as_optimizers, plan_states
 from ..compaction.saved import Restoration, saved_keep
-from ..compaction.state_checks import check_model_state, check_optimizer_states, entry
+from ..compaction.state_checks import check_model_state, check_optimizer_states, check_tensors, entry
 from ..graph import UnitGraph, remembered_inputs
 from .checkpoint_file import CheckpointError, read_file, write_file
 from .controller import DemP
@@ -117,6 +117,10 @@ def _checked(
     content: dict[str, Any], model: nn.Module, optimizers: list[Optimizer], demp: DemP | None, graph: UnitGraph | None
 ) -> Restoration | None:
     """How the model gets its widths, or None if the file tells none. Raises an error if any part does not fit."""
+    for part in ("units", "model", "optimizers", "demp", "rng"):
+        if part not in content:
+            raise ValueError(f"it must have {part!r}")
+        check_tensors(part, content[part])
     optional = (dict, type(None))
     units, state = entry(content, "units", optional), entry(content, "demp", optional)
     entry(content, "extra", dict)

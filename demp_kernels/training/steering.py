@@ -157,7 +157,8 @@ class Steerer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = next(self.model.parameters()).device
         self.pushed = {name: mask.cpu() for name, mask in state["pushed"].items()}
-        self.losses = None if state["losses"] is None else state["losses"].to(device)
+        losses = state.get("losses")
+        self.losses = None if losses is None else losses.to(device)
         self._plan_pushes()
 
     # --- parts ---
