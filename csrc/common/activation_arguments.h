@@ -79,7 +79,7 @@ inline void check_activation_in_place(const ActivationView& view, const std::str
 
 inline ActivationView check_activation_count(const Tensor& x, std::int64_t channel_dim, const Tensor& active,
                                              const std::optional<Tensor>& seen) {
-  const ActivationView view = check_activation_forward(x, "relu", channel_dim, 0, std::nullopt);
+  const ActivationView view = check_activation_forward(x, "relu", 0, channel_dim, 0, std::nullopt);
   check_device("activation", "active", active, x);
   if (active.scalar_type() != ScalarType::Long || active.dim() != 1 || active.size(0) != view.channels ||
       !active.is_contiguous()) {

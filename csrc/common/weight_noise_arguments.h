@@ -29,7 +29,7 @@ inline void check_weight_noise(const std::vector<Tensor>& tensors, const std::ve
       fail("weight_noise_: tensors[", i, "] must be on ", device_text(first), " like the first, got ", device_text(t));
     }
     for (std::int64_t d = 0; d < t.dim(); ++d) {
-      if (t.stride(d) == 0 && t.size(d) > 1) {
+      if (t.stride(d) == 0 && t.size(d) > 1 && t.numel() > 0) {
         fail("weight_noise_: tensors[", i, "] must have memory for each of its elements, got shape ", tuple_text(t.sizes()),
              " with strides ", tuple_text(t.strides()));
       }

@@ -48,7 +48,7 @@ def check(tensors: Sequence[Tensor], live: Sequence[Tensor | None], std: float, 
             )
         if t.device != device:
             raise ValueError(f"weight_noise_: tensors[{i}] must be on {device} like the first, got {t.device}")
-        if t.layout == torch.strided and any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride())):
+        if t.layout == torch.strided and t.numel() and any(step == 0 and size > 1 for size, step in zip(t.shape, t.stride())):
             raise ValueError(
                 f"weight_noise_: tensors[{i}] must have memory for each of its elements, got shape {shape_text(t.shape)} with "
                 f"strides {shape_text(t.stride())}"
