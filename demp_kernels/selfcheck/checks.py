@@ -4,7 +4,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .fuzz import fuzz_checkpoints
 from .kills import survive_kills
+from .sanitizers import SANITIZERS, run_sanitizer
 from .soak import soak
 from .suite import SuiteFigures, run_tests
 from .versions import try_versions
@@ -55,8 +57,11 @@ def _wrong_calls(size: Size, say: Say) -> Outcome:
 
 def _files(size: Size, say: Say) -> Outcome:
     say("tests of damaged and hostile files")
-    figures = run_tests(["tests/training/test_hostile_checkpoints.py"])
-    return _of_tests([figures], f"{figures.passed} damaged or hostile files refused, nothing changed")
+    written = run_tests(["tests/training/test_hostile_checkpoints.py"])
+    changed = fuzz_checkpoints(400 if size.short else 20_000, say=say)
+    text = f"{written.passed} tests of damaged and hostile files; {str(changed).splitlines()[0]}"
+    outcome = _of_tests([written], text)
+    return Outcome(outcome.passed and not changed.failures, outcome.figures, "\n".join([outcome.details, *changed.failures]).strip())
 
 
 def _networks(size: Size, say: Say) -> Outcome:
@@ -64,6 +69,21 @@ def _networks(size: Size, say: Say) -> Outcome:
     say(f"{count} random networks")
     figures = run_tests(["tests/compaction/test_random_networks.py"], environment={"DEMP_RANDOM_NETWORKS": str(count)})
     return _of_tests([figures], f"{figures.tried['networks tried']} networks")
+
+
+def _inputs(size: Size, say: Say) -> Outcome:
+    count = 40 if size.short else 2000
+    say(f"{count} random inputs of every op")
+    figures = run_tests(["tests/ops/test_random_inputs.py"], environment={"DEMP_RANDOM_INPUTS": str(count)})
+    return _of_tests([figures], f"{figures.tried['inputs tried']} inputs of {figures.passed} ops")
+
+
+def _sanitizers(size: Size, say: Say) -> Outcome:
+    part = dict(kernels=["weight_noise"], tests=["tests/ops/test_weight_noise.py"], levels=["portable"]) if size.short else {}
+    found = [run_sanitizer(sanitizer, say=say, **part) for sanitizer in SANITIZERS]
+    right = all(one.found == one.planted > 0 and one.passed > 0 and not one.reports and not one.failures for one in found)
+    lines = [str(one).splitlines() for one in found]
+    return Outcome(right, "; ".join(line[0] for line in lines), "\n".join(text for line in lines for text in line[1:]))
 
 
 def _soak(size: Size, say: Say) -> Outcome:
@@ -88,8 +108,10 @@ def _of_tests(parts: list[SuiteFigures], text: str) -> Outcome:
 CHECKS: dict[str, Check] = {
     "kills": Check("`demp train` killed at random moments, resumed, compared bit for bit with the run nobody disturbed", _kills),
     "wrong-calls": Check("every wrong call gets an error with argument, requirement and what it got, and changes nothing", _wrong_calls),
-    "files": Check("checkpoints that are cut, changed, foreign or hostile", _files),
+    "files": Check("checkpoints that are cut, changed, foreign, hostile, or changed at random: refused, or read as written", _files),
+    "inputs": Check("random values, layouts, sizes, types and seeds through every op, against the reference in float64", _inputs),
     "networks": Check("random networks, random dead units: outputs and training go on as before, three removals in a row", _networks),
+    "sanitizers": Check("the CPU kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer, each of which has to find what is planted", _sanitizers),
     "soak": Check("train, compact, save, load, again and again: files read back bit for bit, memory flat", _soak),
     "versions": Check("the suite under each supported torch, on one binary built against the oldest", _versions, default=False),
 }

@@ -78,7 +78,7 @@ def _size(chosen: argparse.Namespace) -> Size:
 
 
 def _checked(name: str, size: Size, say: Callable[[str], None]) -> tuple[CheckRow, str]:
-    began = time.monotonic()
+    began, at = time.monotonic(), commit()  # what runs for hours may see others commit meanwhile
     try:
         outcome = CHECKS[name].run(size, say)
     except RecipeError:
@@ -87,7 +87,7 @@ def _checked(name: str, size: Size, say: Callable[[str], None]) -> tuple[CheckRo
         # a check that breaks off found something: the others go on, and its row says so
         outcome = Outcome(False, f"broke off with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     row = CheckRow(
-        name, outcome.passed, outcome.figures, round(time.monotonic() - began, 1), size.short, torch.__version__, commit(),
+        name, outcome.passed, outcome.figures, round(time.monotonic() - began, 1), size.short, torch.__version__, at,
         date.today().isoformat(), processor(),
     )
     return row, outcome.details
