@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import require_module, require_number
 from ..graph import AnalysisError, UnitGraph, remembered_inputs
+from ..graph.reasons import explain
 from ..graph.units import Keep
 from ..modules import DemPActivation
 from .commit import commit
@@ -89,11 +89,11 @@ def compact(
     dead = counted_dead(model, graph) if dead is None else dead
     if batches is None:
         keep = graph.keep(dead, round_to=step, min_units=min_units)
-        return _carry_out(model, optimizers, copies, graph, keep, _reasons(graph, dead, keep), start, analysed)
+        return _carry_out(model, optimizers, copies, graph, keep, explain(graph, graph.masks(dead), keep.atoms), start, analysed)
     folding = Folding(
         [model, *copies], graph, dead, batches, round_to=step, min_units=min_units, max_change=max_change
     )
-    reasons = {**_reasons(graph, dead, folding.keep), **folding.kept}
+    reasons = {**explain(graph, graph.masks(dead), folding.keep.atoms), **folding.kept}
     return _carry_out(model, optimizers, copies, graph, folding.keep, reasons, start, analysed, folding)
 
 
@@ -237,26 +237,3 @@ def _analyse(model: nn.Module, example_inputs: Any) -> UnitGraph:
         return UnitGraph.trace(model, inputs)
     except AnalysisError as error:
         raise CompactionError(str(error)) from error
-
-
-def _reasons(graph: UnitGraph, dead: Mapping[str, Tensor], keep: Keep) -> dict[str, str]:
-    """Why dead units stay."""
-    masks = graph.masks(dead)
-    reasons = {}
-    for number, mask in masks.items():
-        activation = graph.activations[number]
-        stay = np.nonzero(mask & keep.atoms[activation.atoms])[0]
-        if not stay.size:
-            continue
-        classes = activation.atoms[stay]
-        pinned = [graph.reasons.get(int(c), "a tensor that cannot be cut") for c in classes if graph.is_pinned[c]]
-        if pinned:
-            why = pinned[0]
-        elif activation.name in keep.widened:
-            why = "for its width (round_to, min_units)"
-        elif keep.widened:
-            why = next((r for r in keep.widened if r not in graph.units), "other layers need them")
-        else:
-            why = "other layers need them"
-        reasons[activation.name] = f"{stay.size} dead units: {why}"
-    return reasons

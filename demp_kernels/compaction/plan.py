@@ -113,18 +113,18 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
 
 
 def _add_blocks(plan: Plan, modules: dict[str, nn.Module], graph: UnitGraph, indices: _Indices) -> None:
-    """Cuts of grouped weights whose inputs shrink."""
+    """Cuts of grouped weights whose columns differ from group to group."""
     for balance in graph.balances:
-        inputs, outputs = plan.keep.atoms[balance.inputs], plan.keep.atoms[balance.outputs]
-        if inputs.all():
+        rows_stay, columns_stay = plan.keep.atoms[balance.rows], plan.keep.atoms[balance.columns]
+        if columns_stay.all():
             continue
         tensor = _tensor(modules, balance.weight)
         assert tensor is not None  # one of graph.axes
-        rows = np.arange(outputs.size).reshape(outputs.shape)
+        rows = np.arange(rows_stay.size).reshape(rows_stay.shape)
         blocks = [
-            (indices.tensor(rows[g][outputs[g]], tensor.device), indices.tensor(np.nonzero(inputs[g])[0], tensor.device))
-            for g in range(len(inputs))
-            if outputs[g].any()
+            (indices.tensor(rows[g][rows_stay[g]], tensor.device), indices.tensor(np.nonzero(columns_stay[g])[0], tensor.device))
+            for g in range(len(rows))
+            if rows_stay[g].any()
         ]
         plan.cuts = [cut for cut in plan.cuts if cut.name != balance.weight]
         plan.cuts.append(Cut(balance.weight, tensor, {}, blocks))

@@ -64,7 +64,14 @@ class Builder:
         self.views: set[fx.Node] = set()
         """Nodes that give sizes, whose rule looks at `choices` itself."""
         self.splits: set[fx.Node] = set()
-        """Those of them that split a dimension with units, which can be read in several ways."""
+        """Nodes that split a dimension with units, where it has to be seen whether their sizes follow."""
+        self.parts: dict[fx.Node, int] = {}
+        """Slices of units, and the dimension that they cut."""
+        self.refused: set[fx.Node] = set()
+        """Nodes that are not followed."""
+        self.made_by: dict[int, fx.Node] = {}
+        """Slot -> node."""
+        self._node: fx.Node | None = None
         self._uniform_slot = self.flow.add_slot(np.zeros(1, np.int64))
         self._blocks_seen: dict[str, Value] = {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
@@ -91,6 +98,7 @@ class Builder:
         self.uses.clear()
         self._activation_calls.clear()
         for node in captured.nodes:
+            self._node = node
             if node.op == "placeholder":
                 name = captured.tensors.get(node.name)
                 shape = _shape(node)
@@ -239,9 +247,23 @@ class Builder:
     def derive(self, shape: tuple[int, ...], atoms: np.ndarray, kind: str, links: list[Link], **step: Any) -> Value:
         value = Value(tuple(shape), atoms, self.flow.add_slot(atoms))
         self.flow.steps.append(Step(value.slot, kind, links, **step))
-        if kind == "affine":
+        if self._node is not None:
+            self.made_by[value.slot] = self._node
+        if kind == "affine" or (kind == "sum" and "activation" not in step and self._nowhere_zero(links, atoms.size)):
             self._never_zero.add(value.slot)
         return value
+
+    def _nowhere_zero(self, links: list[Link], size: int) -> bool:
+        """Whether a sum is made of values that are never known to be zero, in each of its entries."""
+        if not links or any(link.slot not in self._never_zero for link in links):
+            return False
+        if any(link.target is None for link in links):
+            return True
+        return bool(np.bincount(np.concatenate([link.target for link in links]), minlength=size).all())
+
+    def never_zero(self, x: Value) -> bool:
+        """Whether x is never known to be zero, whatever units are dead."""
+        return x.slot in self._never_zero
 
     def same(self, x: Value, shape: tuple[int, ...] | None = None, *, view: bool = False) -> Value:
         """The same entries again: an op that keeps zero zero, and the axes where they are."""
@@ -256,6 +278,7 @@ class Builder:
     def opaque(self, node: fx.Node, reason: str = "") -> Any:
         """Output of an op that is not followed: everything that goes in is kept whole."""
         reason = reason or f"{origin(node)} is not followed"
+        self.refused.add(node)
         for source in node.all_input_nodes:
             parameter = self.parameter(source)
             if parameter is None:

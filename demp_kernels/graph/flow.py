@@ -44,12 +44,14 @@ class Step:
     kind: "sum" (zero where everything it is made from is zero: additions, copies, functions with f(0) = 0),
         "product" (zero where any factor is zero), or "affine" (never known to be zero: BatchNorm, a bias, sigmoid).
     activation: number of the activation whose dead units are zero here.
+    origin: the op that it stands for, as a report names it.
     """
 
     slot: int
     kind: str
     links: list[Link] = field(default_factory=list)
     activation: int | None = None
+    origin: str = ""
 
 
 class Flow:

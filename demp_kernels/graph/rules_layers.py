@@ -55,11 +55,11 @@ def convolution(b: Builder, node: fx.Node) -> Value:
     b.attribute(path, "in_channels", channels)
     if all(k == 1 for k in weight.shape[2:]) and any(s > 1 for s in stride):
         _keep_for_onednn(b, node, weight, channels)
-    return _new_units(b, node, shape, 1, weight, 0, bias, path, "out_channels")
+    return new_units(b, node, shape, 1, weight, 0, bias, path, "out_channels")
 
 
-def _new_units(
-    b: Builder, node: fx.Node, shape: tuple[int, ...], dim: int, weight: Parameter, weight_dim: int,
+def new_units(
+    b: Builder, node: fx.Node, shape: tuple[int, ...], dim: int, weight: Parameter | None, weight_dim: int,
     bias: Parameter | None, path: str, attribute: str,
 ) -> Value:
     """The output of a contraction: new units along `dim`, found along `weight_dim` of the weight and in the bias."""
@@ -83,9 +83,13 @@ def _keep_for_onednn(b: Builder, node: fx.Node, weight: Parameter, channels: np.
 
 
 def _grouped(
-    b: Builder, node: fx.Node, x: Value, weight: Parameter, bias: Parameter | None, groups: int
+    b: Builder, node: fx.Node, x: Value, weight: Parameter, bias: Parameter | None, groups: int, *, transposed: bool = False
 ) -> Value:
-    """Depthwise: an output goes with its input. Otherwise the groups keep equal numbers of inputs and of outputs."""
+    """Depthwise: an output goes with its input. Otherwise the groups keep equal numbers of inputs and of outputs.
+
+    Dimension 0 of the weight is that of all outputs, of a transposed convolution that of all inputs; dimension 1 that of
+    one group's inputs, or outputs.
+    """
     shape, path = output_shape(node), b.owner(node)[0]
     if not b.states(path, "groups", groups):
         return NotImplemented  # a number written down: it would not follow
@@ -94,14 +98,16 @@ def _grouped(
     b.attribute(path, "in_channels", channels)
     if groups < x.shape[1]:
         reads(b, node, x, bias)
-        out = _new_units(b, node, shape, 1, weight, 0, bias, path, "out_channels")
+        out = new_units(b, node, shape, 1, None if transposed else weight, 0, bias, path, "out_channels")
         inputs, outputs = channels.reshape(groups, -1), out.axis(1).reshape(groups, -1)
         b.attribute(path, "groups", outputs)
-        b.balances.append(Balance(weight.name, inputs, outputs))
+        if transposed:
+            b.align(weight, 0, channels)
+        b.balances.append(Balance(weight.name, *((inputs, outputs) if transposed else (outputs, inputs))))
         return out
     source = np.repeat(np.arange(groups), shape[1] // groups)
     atoms = channels[source]
-    b.align(weight, 0, atoms)
+    b.align(weight, 0, channels if transposed else atoms)
     b.align(bias, 0, atoms)
     b.attribute(path, "out_channels", atoms)
     b.attribute(path, "groups", channels)
@@ -120,16 +126,14 @@ def transposed_convolution(b: Builder, node: fx.Node) -> Value:
     if x is None or parameters is None or parameters[0] is None or len(x.shape) != len(parameters[0].shape):
         return NotImplemented
     weight, bias = parameters
-    if groups == x.shape[1] and groups > 1 and weight.shape[1] == 1:
-        return _grouped(b, node, x, weight, bias, groups)
-    if groups != 1:
-        return NotImplemented
     x = b.uniform_except(x, 1)
+    if groups > 1:
+        return _grouped(b, node, x, weight, bias, groups, transposed=True)
     b.align(weight, 0, x.axis(1))
     reads(b, node, x, bias)
     path, _ = b.owner(node)
     b.attribute(path, "in_channels", x.axis(1))
-    return _new_units(b, node, output_shape(node), 1, weight, 1, bias, path, "out_channels")
+    return new_units(b, node, output_shape(node), 1, weight, 1, bias, path, "out_channels")
 
 
 @rule("linear.default")
@@ -146,33 +150,7 @@ def linear(b: Builder, node: fx.Node) -> Value:
     reads(b, node, x, bias)
     path, _ = b.owner(node)
     b.attribute(path, "in_features", x.axis(last))
-    return _new_units(b, node, shape, last, weight, 0, bias, path, "out_features")
-
-
-@rule("matmul.default", "mm.default")
-def matrix_product(b: Builder, node: fx.Node) -> Value:
-    """x @ W with a parameter W (in, out). Products of two activations are not followed."""
-    x, weight = b.value(node.args[0]), b.parameter(node.args[1])
-    if b.parameter(node.args[0]) is not None or x is None or weight is None or len(weight.shape) != 2:
-        return NotImplemented
-    return _times(b, node, x, weight, None)
-
-
-@rule("addmm.default")
-def biased_matrix_product(b: Builder, node: fx.Node) -> Value:
-    """bias + x @ W with parameters bias (out,) and W (in, out)."""
-    bias, x, weight = b.parameter(node.args[0]), b.value(node.args[1]), b.parameter(node.args[2])
-    if b.parameter(node.args[1]) is not None or x is None or weight is None or bias is None or len(bias.shape) != 1:
-        return NotImplemented
-    return _times(b, node, x, weight, bias)
-
-
-def _times(b: Builder, node: fx.Node, x: Value, weight: Parameter, bias: Parameter | None) -> Value:
-    last = len(x.shape) - 1
-    x = b.uniform_except(x, last)
-    b.align(weight, 0, x.axis(last))
-    b.flow.contract(x.slot)
-    return _new_units(b, node, output_shape(node), last, weight, 1, bias, "", "")
+    return new_units(b, node, shape, last, weight, 0, bias, path, "out_features")
 
 
 @rule("t.default", "transpose.int", "permute.default", "numpy_T.default", "mT.default")
@@ -202,7 +180,11 @@ def batch_norm(b: Builder, node: fx.Node) -> Value:
 @rule("instance_norm.default")
 def instance_norm(b: Builder, node: fx.Node) -> Value:
     names = ("input", "weight", "bias", "running_mean", "running_var")
-    return _channel_norm(b, node, arguments(node, *names))
+    nodes = arguments(node, *names)
+    if any(one is not None for one in nodes[1:]):
+        return _channel_norm(b, node, nodes)
+    x = b.value(nodes[0])  # without parameters and statistics a channel of zeros stays one
+    return NotImplemented if x is None else b.same(b.uniform_except(x, 1))
 
 
 @rule("group_norm.default")
@@ -236,7 +218,7 @@ def _channel_norm(b: Builder, node: fx.Node, nodes: list) -> Value:
     return out
 
 
-@rule("layer_norm.default")
+@rule("layer_norm.default", "rms_norm.default")
 def layer_norm(b: Builder, node: fx.Node) -> Value:
     """Statistics over the last dimensions: units there are kept, since removing one changes all others."""
     x_node, normalised, *_ = arguments(node, "input", "normalized_shape")

@@ -12,6 +12,7 @@ from .builder import Builder, rule
 from .capture import origin
 from .flow import Link
 from .rules_layers import arguments, output_shape
+from .rules_shape import equal_parts
 from .values import Selection, Value, along
 
 aten = torch.ops.aten
@@ -104,11 +105,12 @@ def _unit_dim(module: nn.Module | None, x: Value) -> int | None:
 
 
 @rule(
-    "dropout.default", "dropout_.default", "feature_dropout.default", "alpha_dropout.default",
+    "dropout.default", "dropout_.default", "feature_dropout.default", "feature_dropout_.default",
     "clone.default", "abs.default", "neg.default", "sign.default", "_to_copy.default",
     "to.dtype", "to.device", "to.dtype_layout", "to.other", "type_as.default", "sin.default",
     "square.default", "floor.default", "round.default", "expm1.default", "log1p.default",
-    "softshrink.default", "hardshrink.default", "lift_fresh_copy.default",
+    "softshrink.default", "hardshrink.default", "lift_fresh_copy.default", "erf.default", "sinh.default", "tan.default",
+    "asin.default", "atan.default", "asinh.default", "trunc.default", "rrelu.default", "rrelu_.default",
 )
 def unchanged_zero(b: Builder, node: fx.Node) -> Value:
     """Elementwise functions with f(0) = 0 that are no activations."""
@@ -125,14 +127,23 @@ def same_memory(b: Builder, node: fx.Node) -> Value:
 @rule(
     "sigmoid.default", "sigmoid_.default", "hardsigmoid.default", "hardsigmoid_.default", "exp.default",
     "softplus.default", "cos.default", "log.default", "sqrt.default", "rsqrt.default",
-    "reciprocal.default", "rsub.Scalar", "pow.Tensor_Scalar", "bitwise_not.default",
+    "reciprocal.default", "rsub.Scalar", "bitwise_not.default", "log_sigmoid.default",
     "logical_not.default", "clamp_min.default", "clamp_max.default", "threshold.default",
     "gt.Scalar", "ge.Scalar", "lt.Scalar", "le.Scalar", "eq.Scalar", "ne.Scalar",
+    "alpha_dropout.default", "feature_alpha_dropout.default", "zeros_like.default", "ones_like.default",
+    "full_like.default", "rand_like.default", "randn_like.default",
 )
 def elementwise(b: Builder, node: fx.Node) -> Value:
-    """Any other function of each element alone."""
+    """Any other function of each element alone, or of its place alone. A dropped element of alpha_dropout is not zero."""
     x = b.value(node.args[0])
     return b.affine(x) if x is not None else NotImplemented
+
+
+@rule("pow.Tensor_Scalar")
+def power(b: Builder, node: fx.Node) -> Value:
+    """Zero to zero for exponents from one; below, the gradient at zero is infinite."""
+    x = b.value(node.args[0])
+    return NotImplemented if x is None else b.same(x) if node.args[1] >= 1 else b.affine(x)
 
 
 @rule("add.Tensor", "add_.Tensor", "sub.Tensor", "sub_.Tensor")
@@ -158,17 +169,36 @@ def quotient(b: Builder, node: fx.Node) -> Value:
     operands = [value for value in map(b.value, node.args[:2]) if value is not None]
     if b.value(node.args[0]) is None:
         return b.affine(operands[0])
-    return combine(b, node, operands, "affine") if len(operands) == 2 else b.same(operands[0])
+    if len(operands) == 1:
+        return b.same(operands[0])
+    return combine(b, node, [operands[0], b.affine(operands[1])], "product")  # zero where the numerator is
+
+
+@rule("glu.default")
+def gated_half(b: Builder, node: fx.Node) -> Value:
+    """a * sigmoid(b) of the halves a and b along a dimension; unit i of both goes or stays."""
+    dim = arguments(node, "dim")[0] % len(output_shape(node))
+    x = b.value(node.args[0])
+    if x is None:
+        return NotImplemented
+    first, second = equal_parts(b, x, dim, [output_shape(node)] * 2)
+    return combine(b, node, [first, b.affine(second)], "product")
 
 
 @rule(
-    "maximum.default", "minimum.default", "pow.Tensor_Tensor", "atan2.default", "gt.Tensor",
-    "lt.Tensor", "ge.Tensor", "le.Tensor", "eq.Tensor", "where.self", "lerp.Scalar", "lerp.Tensor",
-    "addcmul.default", "masked_fill.Scalar",
+    "pow.Tensor_Tensor", "atan2.default", "gt.Tensor", "lt.Tensor", "ge.Tensor", "le.Tensor", "eq.Tensor",
+    "where.self", "lerp.Scalar", "lerp.Tensor", "addcmul.default", "masked_fill.Scalar",
 )
 def elementwise_of_several(b: Builder, node: fx.Node) -> Value:
     operands = [value for value in map(b.value, node.args) if value is not None]
     return combine(b, node, operands, "affine") if operands else NotImplemented
+
+
+@rule("maximum.default", "minimum.default")
+def extreme(b: Builder, node: fx.Node) -> Value:
+    """Zero where both are."""
+    operands = [value for value in map(b.value, node.args) if value is not None]
+    return combine(b, node, operands, "sum") if len(operands) == 2 else NotImplemented
 
 
 @rule("sym_size.int", operator.getitem)
@@ -203,6 +233,8 @@ def combine(b: Builder, node: fx.Node, operands: list[Value], kind: str) -> Valu
         return b.plain(shape)
     for v in met[1:]:
         b.atoms.tie(met[0].atoms, v.atoms)
+    if not all(v.atoms.any() for v in met):
+        b.pin(met, f"{origin(node)} joins them with a tensor that cannot be cut")
     # along a dimension where one of them is uniform, the ties make all of them so
     uniform = tuple(slice(0, 1) if any(v.atoms.shape[d] == 1 for v in met) else slice(None) for d in range(len(shape)))
     atoms = met[0].atoms[uniform]

@@ -121,9 +121,17 @@ def move(b: Builder, node: fx.Node) -> Value:
     return b.rearrange(node, lambda array: function(array, node.args[1], node.args[2]))
 
 
-@rule("flip.default", "roll.default")
-def reorder(b: Builder, node: fx.Node) -> Value:
-    """Reordering of dimensions without units."""
+@rule("repeat_interleave.self_int")
+def repeat_each(b: Builder, node: fx.Node) -> Value:
+    times, dim = node.args[1], arguments(node, "dim")[0]
+    if dim is None:
+        return NotImplemented
+    return b.rearrange(node, lambda array: np.repeat(array, times, dim) if array.shape[dim] > 1 else array)
+
+
+@rule("roll.default")
+def roll(b: Builder, node: fx.Node) -> Value:
+    """Of dimensions without units; along units the way would have to follow their number."""
     x, dims = b.value(node.args[0]), arguments(node, "dims")[0]
     if x is None or not dims or any(d % len(x.shape) in x.unit_dims for d in dims):
         return NotImplemented
@@ -135,11 +143,43 @@ def reorder(b: Builder, node: fx.Node) -> Value:
 
 @rule("slice.Tensor", "narrow.default")
 def part(b: Builder, node: fx.Node) -> Value:
-    """A slice of a dimension without units; along units it would count on their number."""
+    """A slice of a dimension without units, or one of equal parts of a unit dimension: whether its bounds follow the number
+    of units only the model's code knows, so the probe looks."""
     x, shape = b.value(node.args[0]), output_shape(node)
-    if x is None or any(x.shape[d] != shape[d] for d in x.unit_dims):
+    if x is None:
         return NotImplemented
-    return b.same(x, shape, view=True)
+    cut = [d for d in x.unit_dims if x.shape[d] != shape[d]]
+    if not cut:
+        return b.same(x, shape, view=True)
+    (dim,), size = cut[:1], shape[cut[0]]
+    start, step = bounds(node)
+    if len(x.unit_dims) > 1 or step != 1 or not size or x.shape[dim] % size or start % size:
+        return NotImplemented
+    b.parts[node] = dim
+    b.splits.add(node)
+    return equal_parts(b, x, dim, [shape] * (x.shape[dim] // size))[start // size]
+
+
+def bounds(node: fx.Node) -> tuple[int, int]:
+    """Start and step of a slice."""
+    size = int(node.args[0].meta["val"].shape[arguments(node, "dim")[0]])
+    start = arguments(node, "start")[0] or 0
+    step = 1 if node.target is aten.narrow.default else arguments(node, "step")[0]
+    return min(start + size if start < 0 else start, size), step
+
+
+def equal_parts(b: Builder, x: Value, dim: int, shapes: list[tuple[int, ...]]) -> list[Value]:
+    """The values of equal parts of a unit dimension: unit i of every part goes or stays."""
+    x = b.full_axis(x, dim)
+    atoms = x.axis(dim).reshape(len(shapes), -1)
+    b.atoms.tie(atoms, atoms[:1])
+    entries = np.arange(atoms.shape[1])
+    values = []
+    for number, shape in enumerate(shapes):
+        link = Link(x.slot, entries + number * entries.size, entries)
+        values.append(b.derive(shape, along(atoms[number], dim, len(shape)), "sum", [link]))
+        values[-1].storage = x.storage
+    return values
 
 
 @rule("select.int")
@@ -153,8 +193,8 @@ def select(b: Builder, node: fx.Node) -> Value:
 
 @rule("chunk.default", "split.Tensor", "split_with_sizes.default", "unbind.int")
 def parts(b: Builder, node: fx.Node) -> object:
-    """Equal chunks of a unit dimension keep equal sizes: unit i of every chunk goes or stays. Sizes that are written
-    down (split) count on the number of units."""
+    """Parts of a unit dimension, if they are equal and all that varies. Whether the sizes of a split follow the number of
+    units only the model's code knows, so the probe looks."""
     x = b.value(node.args[0])
     if x is None:
         return NotImplemented
@@ -164,17 +204,11 @@ def parts(b: Builder, node: fx.Node) -> object:
     if dim not in x.unit_dims:
         drop = (lambda array: array.squeeze(dim)) if unbound else (lambda array: array)
         return [Value(shape, drop(x.atoms), x.slot, x.storage) for shape in shapes]
-    if node.target is not aten.chunk.default or len({shape[dim] for shape in shapes}) > 1 or len(x.unit_dims) > 1:
+    if unbound or len({shape[dim] for shape in shapes}) > 1 or len(x.unit_dims) > 1:
         return NotImplemented
-    atoms = x.atoms.ravel().reshape(len(shapes), -1)
-    b.atoms.tie(atoms, atoms[:1])
-    values = []
-    for number, shape in enumerate(shapes):
-        entries = np.arange(atoms.shape[1])
-        link = Link(x.slot, entries + number * atoms.shape[1], entries)
-        values.append(b.derive(shape, along(atoms[number], dim, len(shape)), "sum", [link]))
-        values[-1].storage = x.storage
-    return values
+    if node.target is not aten.chunk.default:
+        b.splits.add(node)
+    return equal_parts(b, x, dim, shapes)
 
 
 # --- joins -----------------------------------------------------------------------------------------------------------

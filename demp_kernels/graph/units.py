@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from ..norm_modules import DemPBatchNormAct2d
-from . import rules_layers, rules_pointwise, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
+from . import rules_layers, rules_pointwise, rules_products, rules_recurrent, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
 from .atoms import PINNED
 from .builder import Builder
-from .capture import as_tuple, capture, materialise
+from .capture import as_tuple, capture, materialise, origin
 from .flow import Flow
 from .gates import find_gates
-from .probe import find_written_sizes
+from .probe import ask
 from .trial import Widths
 from .values import Balance, Selection
 
@@ -110,7 +110,7 @@ class UnitGraph:
         self.selections = built.selections
         self.readers = built.readers
         self.floors = [WidthFloor(number(f.atoms), f.count, f.reason) for f in built.floors]
-        self.balances = [Balance(n.weight, number(n.inputs), number(n.outputs)) for n in built.balances]
+        self.balances = [Balance(n.weight, number(n.rows), number(n.columns)) for n in built.balances]
         self.activations = _named(built, number)
         self.inputs = inputs
         self.output_shapes = built.output_shapes
@@ -142,6 +142,7 @@ class UnitGraph:
         inputs = materialise(model, as_tuple(example_inputs))
         captures = [capture(model, inputs)]
         choices: dict[fx.Node, int] = {}
+        pins: dict[tuple[str, int], str] = {}
         for _ in range(ATTEMPTS):
             builder = Builder(model, choices)
             builder.run(captures[0])
@@ -152,14 +153,20 @@ class UnitGraph:
                     captures.append(capture(model, inputs, leaves_only=True))
                 builder.run(captures[1])
                 untraced = _untraced(model, builder)
+            for key, reason in pins.items():
+                if key in builder.axes:
+                    builder.atoms.pin(builder.axes[key].atoms, reason)
             graph = cls(builder, _without_memory(inputs), untraced)
-            wrong = find_written_sizes(model, graph, builder, captures)
-            graph.proved = wrong == []
+            answer = ask(model, graph, builder, captures)
+            graph.proved = answer.proves
             del graph.number
-            if not wrong:
+            if not answer.wrong and not answer.pins:
                 break
-            for node in wrong:
+            pins.update(answer.pins)
+            for node in answer.wrong or ():
                 choices[node] = choices.get(node, 0) + 1
+        for step in graph.flow.steps:
+            step.origin = origin(builder.made_by[step.slot]) if step.slot in builder.made_by else ""
         return graph
 
     # --- what there is ---
@@ -283,7 +290,7 @@ class UnitGraph:
         for (name, dim), atoms in self.axes.items():
             dims.setdefault(name, {})[dim] = int(kept[atoms].sum())
         for balance in self.balances:
-            dims.setdefault(balance.weight, {})[1] = int(kept[balance.inputs].sum(1).max(initial=0))
+            dims.setdefault(balance.weight, {})[1] = int(kept[balance.columns].sum(1).max(initial=0))
         for name, sizes in dims.items():
             path, _, leaf = name.rpartition(".")
             tensor = getattr(modules[path], leaf)
@@ -321,7 +328,7 @@ class UnitGraph:
             self.axes[key], self.axis_ids[key] = atoms[stays], self.axis_ids[key][stays]
         self.attributes = [(path, name, _left(atoms, kept)) for path, name, atoms in self.attributes]
         for balance in self.balances:
-            balance.inputs, balance.outputs = _left(balance.inputs, kept), _left(balance.outputs, kept)
+            balance.rows, balance.columns = _left(balance.rows, kept), _left(balance.columns, kept)
         for floor in self.floors:
             floor.atoms = floor.atoms[kept[floor.atoms]]
         for a in self.activations:
@@ -345,9 +352,9 @@ def _first(atoms: np.ndarray, kept: np.ndarray, count: int) -> np.ndarray:
 
 def _balancing(balance: Balance, kept: np.ndarray) -> np.ndarray:
     """Classes to keep besides so that all groups of which something stays have equal numbers."""
-    alive = kept[balance.inputs].any(1) | kept[balance.outputs].any(1)
+    alive = kept[balance.rows].any(1) | kept[balance.columns].any(1)
     added = []
-    for atoms in (balance.inputs[alive], balance.outputs[alive]):
+    for atoms in (balance.rows[alive], balance.columns[alive]):
         most = max(1, int(kept[atoms].sum(1).max(initial=0)))
         added += [_first(group, kept, most) for group in atoms]
     return np.unique(np.concatenate(added)) if added else np.empty(0, np.int64)

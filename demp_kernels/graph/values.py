@@ -96,12 +96,13 @@ class Floor:
 
 @dataclass
 class Balance:
-    """A grouped convolution: its groups keep equal numbers of inputs, and of outputs. `inputs`, `outputs`: (groups,
-    units a group). A group of which nothing stays goes as a whole."""
+    """A grouped convolution: its groups keep equal numbers of inputs, and of outputs. `rows`, `columns`: (groups, units a
+    group), what the weight has along dimension 0 and along dimension 1: outputs and inputs, of a transposed convolution
+    inputs and outputs. A group of which nothing stays goes as a whole."""
 
     weight: str
-    inputs: np.ndarray
-    outputs: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
 
 
 def along(atoms: np.ndarray, dim: int, rank: int) -> np.ndarray:

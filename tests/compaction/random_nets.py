@@ -108,24 +108,24 @@ class ChannelsLast(nn.Module):
         return y.transpose(1, 2).reshape(n, -1, h, w)
 
 
-def _activation(rng: random.Random) -> nn.Module:
+def any_activation(rng: random.Random) -> nn.Module:
     return rng.choice([DemPReLU, DemPReLU, nn.ReLU, DemPSiLU, lambda: nn.LeakyReLU(0.05)])()
 
 
-def _norm(channels: int, rng: random.Random) -> nn.Module:
+def any_norm(channels: int, rng: random.Random) -> nn.Module:
     kinds: list[Callable[[], nn.Module]] = [lambda: nn.BatchNorm2d(channels)] * 4
     kinds += [lambda: nn.InstanceNorm2d(channels, affine=True), nn.Identity]
     groups = [g for g in (1, 2, 4) if channels % g == 0]
     return rng.choice(kinds + [lambda: nn.GroupNorm(rng.choice(groups), channels)])()
 
 
-def _conv(inputs: int, outputs: int, rng: random.Random) -> nn.Module:
+def any_conv(inputs: int, outputs: int, rng: random.Random) -> nn.Module:
     kernel = rng.choice([1, 3])
     groups = rng.choice([g for g in (1, 1, 1, 2, 4) if inputs % g == 0 and outputs % g == 0])
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=rng.random() < 0.5)
 
 
-def _stage(channels: int, rng: random.Random, depth: int) -> tuple[nn.Module, int]:
+def any_stage(channels: int, rng: random.Random, depth: int) -> tuple[nn.Module, int]:
     """One random piece; returns it with its number of output channels."""
     wide = rng.choice([8, 12, 16])
     kind = rng.choice(
@@ -133,14 +133,14 @@ def _stage(channels: int, rng: random.Random, depth: int) -> tuple[nn.Module, in
         + (["residual", "residual", "branches", "swap"] if depth < 2 else [])
     )
     if kind == "conv":
-        layers = [_conv(channels, wide, rng), nn.BatchNorm2d(wide), DemPReLU(inplace=True)]
+        layers = [any_conv(channels, wide, rng), nn.BatchNorm2d(wide), DemPReLU(inplace=True)]
         if rng.random() < 0.7:
-            layers[1:] = [_norm(wide, rng), _activation(rng)]
+            layers[1:] = [any_norm(wide, rng), any_activation(rng)]
         return nn.Sequential(*layers), wide
     if kind == "depthwise":
         times = rng.choice([1, 2])
         conv = nn.Conv2d(channels, channels * times, 3, padding=1, groups=channels, bias=rng.random() < 0.5)
-        return nn.Sequential(conv, _norm(channels * times, rng), _activation(rng)), channels * times
+        return nn.Sequential(conv, any_norm(channels * times, rng), any_activation(rng)), channels * times
     if kind == "pool":
         return rng.choice([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.AdaptiveAvgPool2d(4)]), channels
     if kind == "squeeze":
@@ -155,22 +155,22 @@ def _stage(channels: int, rng: random.Random, depth: int) -> tuple[nn.Module, in
     if kind == "pixel":
         if channels % 4:
             return nn.Identity(), channels
-        return nn.Sequential(_conv(channels, 16, rng), _activation(rng), nn.PixelShuffle(2), nn.AvgPool2d(2)), 4
+        return nn.Sequential(any_conv(channels, 16, rng), any_activation(rng), nn.PixelShuffle(2), nn.AvgPool2d(2)), 4
     if kind == "tokens":
         return ChannelsLast(channels, wide), wide
     if kind == "transposed":
-        return nn.Sequential(nn.ConvTranspose2d(channels, wide, 3, padding=1), _norm(wide, rng), _activation(rng)), wide
+        return nn.Sequential(nn.ConvTranspose2d(channels, wide, 3, padding=1), any_norm(wide, rng), any_activation(rng)), wide
     if kind == "pad":
         return rng.choice([nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, 1)), Call(lambda x: F.pad(x, (1, 1), value=1.0)[..., 1:-1])]), channels
     if kind == "upsample":
         return nn.Sequential(nn.Upsample(scale_factor=2, mode=rng.choice(["nearest", "bilinear"])), nn.AvgPool2d(2)), channels
     if kind == "swap" and channels % 2 == 0:
-        return Swap(nn.Sequential(nn.Conv2d(channels // 2, channels // 2, 1), _activation(rng))), channels
+        return Swap(nn.Sequential(nn.Conv2d(channels // 2, channels // 2, 1), any_activation(rng))), channels
     if kind == "branches":
-        (a, to_a), (b, to_b) = _stage(channels, rng, depth + 1), _stage(channels, rng, depth + 1)
+        (a, to_a), (b, to_b) = any_stage(channels, rng, depth + 1), any_stage(channels, rng, depth + 1)
         parts = [a, b] + ([nn.Identity()] if rng.random() < 0.3 else [])
         return Branches(*parts), to_a + to_b + (channels if len(parts) == 3 else 0)
-    first, middle = _stage(channels, rng, depth + 1)
+    first, middle = any_stage(channels, rng, depth + 1)
     outputs = channels if rng.random() < 0.6 else wide
     body = nn.Sequential(first, nn.Conv2d(middle, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
     shortcut: nn.Module = nn.Identity()
@@ -179,7 +179,7 @@ def _stage(channels: int, rng: random.Random, depth: int) -> tuple[nn.Module, in
     return Residual(body, shortcut, rng), outputs
 
 
-def _head(channels: int, rng: random.Random) -> nn.Module:
+def any_head(channels: int, rng: random.Random) -> nn.Module:
     if rng.random() < 0.5:
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3))
     size = rng.choice([1, 2])
@@ -194,6 +194,6 @@ def random_net(seed: int) -> nn.Module:
     stem, channels = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), DemPReLU()), 8
     pieces: list[nn.Module] = [stem]
     for _ in range(rng.randint(1, 5)):
-        piece, channels = _stage(channels, rng, 0)
+        piece, channels = any_stage(channels, rng, 0)
         pieces.append(piece)
-    return nn.Sequential(*pieces, _head(channels, rng))
+    return nn.Sequential(*pieces, any_head(channels, rng))
