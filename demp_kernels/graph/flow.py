@@ -30,11 +30,21 @@ class Slot:
 
 @dataclass
 class Link:
-    """Entry `target[i]` of a step's slot is made from entry `source[i]` of slot `slot`; None: entry i from entry i."""
+    """Entry `target[i]` of a step's slot is made from entry `source[i]` of slot `slot`; None: entry i from entry i.
+
+    A closed flow has slices for runs of entries: all of densenet121's 597 links with indices are runs, and a pass over
+    slices takes a third of the time of one over indices.
+    """
 
     slot: int
-    source: np.ndarray | None = None
-    target: np.ndarray | None = None
+    source: np.ndarray | slice | None = None
+    target: np.ndarray | slice | None = None
+
+    def narrow(self) -> None:
+        """Use slices if both sides are runs."""
+        source, target = (i if i is None or isinstance(i, slice) else _run(i) for i in (self.source, self.target))
+        if source is not None and target is not None:
+            self.source, self.target = source, target
 
 
 @dataclass
@@ -100,6 +110,9 @@ class Flow:
             i for i, slot in enumerate(self.slots) if i not in wanted and pinned[self.atom_of[slot.span]].all()
         }
         self._drop(dropped)
+        for step in self.steps:
+            for link in step.links:
+                link.narrow()
 
     def _drop(self, dropped: set[int]) -> None:
         """Empty some slots whose entries are all pinned. What they are made from is needed where it is not zero, and
@@ -112,6 +125,7 @@ class Flow:
             for link in step.links:
                 if step.slot in dropped:
                     span = self.slots[link.slot].span
+                    assert not isinstance(link.source, slice)  # links become narrow later
                     read = span if link.source is None else span.start + link.source
                     self.contracted[read] = self.rigid[read] = True
                 elif link.slot in dropped and step.kind == "sum":
@@ -135,16 +149,17 @@ class Flow:
         """(scenarios, entries) bool: entries not known to be zero when the units `dead[activation]`, (scenarios,
         units) or (units,) bool, are zero."""
         live = np.ones((scenarios, self.atom_of.size), bool)
+        spans = [slot.span for slot in self.slots]
         for step in self.steps:
-            out = live[:, self.slots[step.slot].span]
+            out = live[:, spans[step.slot]]
             if step.kind == "sum" and step.links:
                 out[:] = False
                 for link in step.links:
-                    self._gather(link, live, out, np.logical_or)
+                    _gather(link, live[:, spans[link.slot]], out)
             elif step.kind == "product":
                 for link in step.links:
                     factor = np.zeros_like(out)
-                    self._gather(link, live, factor, np.logical_or)
+                    _gather(link, live[:, spans[link.slot]], factor)
                     out &= factor
             if step.activation is not None and step.activation in dead:
                 out &= ~dead[step.activation]
@@ -187,49 +202,76 @@ class Flow:
         `live`, entries that the layers which contract them do without, though they are not zero."""
         read = self.contracted if folded is None else self.contracted & ~folded
         need = forced | (live & read)
+        may = live | forced  # a zero entry contributes nothing, present or not
+        spans = [slot.span for slot in self.slots]
         for step in reversed(self.steps):
-            span = self.slots[step.slot].span
-            out = need[:, span]
-            out &= live[:, span] | forced[:, span]
+            out = need[:, spans[step.slot]]
             for link in step.links:
-                source = need[:, self.slots[link.slot].span]
-                if link.source is None:
-                    source |= out
-                else:
-                    scenario, pair = np.nonzero(out[:, link.target])
-                    source[scenario, link.source[pair]] = True
-                # a zero entry contributes nothing, present or not
-                source &= live[:, self.slots[link.slot].span] | forced[:, self.slots[link.slot].span]
+                _scatter(link, out, need[:, spans[link.slot]], may[:, spans[link.slot]])
         return need
-
-    def _gather(self, link: Link, values: np.ndarray, out: np.ndarray, combine: np.ufunc) -> None:
-        source = values[:, self.slots[link.slot].span]
-        if link.source is None:
-            combine(out, source, out=out)
-        else:
-            scenario, pair = np.nonzero(source[:, link.source])
-            out[scenario, link.target[pair]] = True
 
     # --- shrinking ---
 
     def shrink(self, kept: np.ndarray) -> None:
         """Drop the entries of the atoms that are not kept."""
         entries = kept[self.atom_of]
-        position = np.cumsum(entries) - 1
-        for step in self.steps:
-            for link in step.links:
-                if link.source is None:
-                    continue
-                source, target = self.slots[link.slot].start, self.slots[step.slot].start
-                both = entries[source + link.source] & entries[target + link.target]
-                link.source = position[source + link.source[both]]
-                link.target = position[target + link.target[both]]
-        starts = np.array([s.start for s in self.slots] + [entries.size])
-        offsets = np.concatenate([[0], np.cumsum(entries)])[starts]
-        self.slots = [Slot(int(a), int(b - a)) for a, b in zip(offsets[:-1], offsets[1:])]
+        place = np.concatenate([[0], np.cumsum(entries)])  # of each entry among those that stay
+        spans = [slot.span for slot in self.slots]
         for step in self.steps:
             for link in step.links:
                 if link.source is not None:
-                    link.source = link.source - self.slots[link.slot].start
-                    link.target = link.target - self.slots[step.slot].start
+                    _shrink(link, spans[link.slot], spans[step.slot], entries, place)
+        offsets = place[[slot.start for slot in self.slots] + [entries.size]].tolist()
+        self.slots = [Slot(a, b - a) for a, b in zip(offsets[:-1], offsets[1:])]
         self.atom_of, self.contracted, self.rigid = (a[entries] for a in (self.atom_of, self.contracted, self.rigid))
+
+
+def _run(index: np.ndarray) -> slice | None:
+    """The slice of consecutive entries; None if they are not."""
+    if not index.size:
+        return slice(0, 0)
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == index.size and (np.diff(index) == 1).all() else None
+
+
+def _gather(link: Link, source: np.ndarray, out: np.ndarray) -> None:
+    """Set the entries of `out`, (scenarios, entries), that are made from set ones of `source`."""
+    if link.source is None:
+        out |= source
+    elif isinstance(link.source, slice):
+        part = out[:, link.target]
+        np.logical_or(part, source[:, link.source], out=part)
+    else:
+        scenario, pair = np.nonzero(source[:, link.source])
+        out[scenario, link.target[pair]] = True
+
+
+def _scatter(link: Link, out: np.ndarray, source: np.ndarray, may: np.ndarray) -> None:
+    """Set the entries of `source`, of those that may be, from which set ones of `out` are made."""
+    if link.source is None:
+        source |= out & may
+    elif isinstance(link.source, slice):
+        part = source[:, link.source]
+        np.logical_or(part, out[:, link.target] & may[:, link.source], out=part)
+    else:
+        scenario, pair = np.nonzero(out[:, link.target])
+        source[scenario, link.source[pair]] = True
+        source &= may
+
+
+def _shrink(link: Link, source: slice, target: slice, entries: np.ndarray, place: np.ndarray) -> None:
+    """The pairs of a link of which both entries stay. source, target: the slots' spans."""
+    left, right = entries[source][link.source], entries[target][link.target]
+    if isinstance(link.source, slice) and isinstance(link.target, slice) and (left == right).all():
+        link.source, link.target = _moved(link.source, source.start, place), _moved(link.target, target.start, place)
+        return
+    both = left & right
+    first, second = (np.arange(s.stop - s.start)[i][both] for s, i in ((source, link.source), (target, link.target)))
+    link.source = place[source.start + first] - place[source.start]
+    link.target = place[target.start + second] - place[target.start]
+    link.narrow()
+
+
+def _moved(run: slice, start: int, place: np.ndarray) -> slice:
+    first, *ends = (int(place[start + i]) for i in (0, run.start, run.stop))
+    return slice(ends[0] - first, ends[1] - first)

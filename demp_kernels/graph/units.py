@@ -208,8 +208,12 @@ class UnitGraph:
         masks: dict[int, np.ndarray] = {}
         if not isinstance(dead, Mapping):
             raise TypeError(f"dead must map names of activations to bool tensors, got {type(dead).__name__}")
+        by_name: dict[str, list[int]] = {}
+        for i, a in enumerate(self.activations):
+            for name in {a.name, a.module}:
+                by_name.setdefault(name, []).append(i)
         for name, mask in dead.items():
-            numbers = [i for i, a in enumerate(self.activations) if name in (a.name, a.module)]
+            numbers = by_name.get(name)
             if not numbers:
                 known = ", ".join(list(self.units)[:8]) + (", ..." if len(self.activations) > 8 else "")
                 raise ValueError(f"dead: names must be activations of the model ({known or 'it has none'}), got {name!r}")
@@ -323,9 +327,12 @@ class UnitGraph:
     def shrink(self, kept: np.ndarray) -> None:
         """Forget the classes that are not kept (classes,) bool: the model has lost them."""
         self.flow.shrink(kept)
-        for key, atoms in self.axes.items():
-            stays = kept[atoms]
-            self.axes[key], self.axis_ids[key] = atoms[stays], self.axis_ids[key][stays]
+        shrunk: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # equal axes have equal ids
+        for (key, atoms), group in zip(self.axes.items(), self.axis_groups):
+            if group not in shrunk:
+                stays = kept[atoms]
+                shrunk[group] = atoms[stays], self.axis_ids[key][stays]
+            self.axes[key], self.axis_ids[key] = shrunk[group]
         self.attributes = [(path, name, _left(atoms, kept)) for path, name, atoms in self.attributes]
         for balance in self.balances:
             balance.rows, balance.columns = _left(balance.rows, kept), _left(balance.columns, kept)
