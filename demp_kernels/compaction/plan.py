@@ -197,7 +197,7 @@ def _counters(
             kept.setdefault(module, []).append(keep.atoms[a.atoms])
     counters: list[tuple[DemPActivation, Tensor | None]] = []
     for module, masks in kept.items():
-        same = all(np.array_equal(mask, masks[0]) for mask in masks)
+        same = all(np.array_equal(mask, masks[0]) for mask in masks[1:])
         if not all(mask.all() for mask in masks):
             counters.append((module, torch.from_numpy(np.nonzero(masks[0])[0]) if same else None))
     return counters

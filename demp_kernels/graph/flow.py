@@ -187,8 +187,8 @@ class Flow:
         kept[:, pinned] = True
         while True:
             before = kept.sum()
-            need = self.needed(live, kept[:, self.atom_of], folded)
-            scenario, entry = np.nonzero(need)
+            forced = kept[:, self.atom_of]
+            scenario, entry = np.nonzero(self.needed(live, forced, folded) & ~forced)
             kept[scenario, self.atom_of[entry]] = True
             if kept.sum() > before:
                 continue
