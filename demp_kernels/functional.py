@@ -176,7 +176,7 @@ def _forward(
     try:
         if not x.is_contiguous() and not _activation.is_usable(x, channel_dim):
             x = x.contiguous()
-        if activation == "relu" and noise_std == 0 and is_tiny(x):
+        if activation == "relu" and noise_std == 0 and is_tiny(x) and _is_followed(x):
             active = torch.zeros(x.shape[channel_dim], dtype=torch.int64)
             return relu_into(x, channel_dim, active, None), active
         seed = _seed(seed, x.device) if noise_std > 0 else None

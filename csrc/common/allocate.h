@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "common/checks.h"
 
@@ -29,6 +30,13 @@ inline Tensor new_vector(std::int64_t size, ScalarType type) {
 inline Tensor new_matrix(std::int64_t rows, std::int64_t columns, ScalarType type) {
   const std::int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   return new_tensor(2, sizes, strides, type);
+}
+
+inline Tensor new_contiguous(const std::vector<std::int64_t>& sizes, ScalarType type) {
+  std::vector<std::int64_t> strides(sizes.size());
+  std::int64_t step = 1;
+  for (std::size_t d = sizes.size(); d-- > 0; step *= sizes[d]) strides[d] = step;
+  return new_tensor(static_cast<std::int64_t>(sizes.size()), sizes.data(), strides.data(), type);
 }
 
 // Of the shape, strides and type of a dense x.

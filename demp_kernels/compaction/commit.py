@@ -135,13 +135,15 @@ def _own_memory(tensor: Tensor, cut: Cut) -> bool:
     """Whether nobody else sees the tensor's memory, and the cut can be made by moving rows and columns within it."""
     if cut.blocks is not None or max(cut.index) > 1 or _use_count is None:
         return False
-    if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_contiguous(memory_format=memory_format(tensor)):
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return False
+    if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=memory_format(tensor))):
         return False
     storage = tensor.untyped_storage()
-    if storage.nbytes() != tensor.nbytes or tensor.device.type == "meta":
-        return False
     # 2: the tensor and the Python object `storage`. A view or a graph's saved tensor counts one more.
-    return _use_count(storage._cdata) == 2 and not (tensor.device.type == "cpu" and (storage.is_shared() or tensor.is_pinned()))
+    if _use_count(storage._cdata) != 2 or storage.nbytes() != tensor.nbytes:
+        return False
+    return not tensor.is_cpu or not (storage.is_shared() or tensor.is_pinned())
 
 
 def _batches(jobs: Iterable[_Job], limit: int) -> Iterator[list[_Job]]:
