@@ -10,7 +10,9 @@ larger than sqrt(var). Activations, `active` and `xi` are those of `ops.activati
         than one value a channel, or none. Arithmetic is in the wide type: float32 (float64 for float64).
     weight, bias: (C,) in x's dtype or the wide type, or None for 1 and 0. residual: like x, or None.
     y: like x. active: (C,) int64. mean, var: (C,) in the wide type, without a gradient; zeros if x is empty. var is NaN, and
-        with it all of the channel (active then), where it overflows the wide type: |x| above 1e19 in float32.
+        with it all of the channel (active then), where its sum of squares overflows the wide type: |x| around
+        1e18 in float32. Another number of threads adds up in another order: the last bits of mean, var, the gradients and y,
+        and counts where z is zero but for rounding, may differ. The same number gives the same bits.
     mask: for relu and leaky_relu with a residual: uint8, one bit an element in y's memory order, bit i % 8 of byte i // 8;
         in a contiguous x with planes of more than one element each plane begins a new byte: (N * C, ceil(plane / 8)),
         else (1, ceil(numel / 8)). Otherwise empty.
