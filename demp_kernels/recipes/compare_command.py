@@ -16,7 +16,7 @@ Without --sparsity the rivals prune to the parameter sparsity that DemP reached 
 
 REPLACED = (
     "--peak-penalty", "--target-flops", "--target-sparsity", "--steer-until", "--push-rate", "--seed", "--no-baseline", "--tensorboard", "--save-every", "--resume",
-    "--sync-batchnorm",
+    "--sync-batchnorm", "--preset",
 )
 
 

@@ -15,7 +15,7 @@ from .data import DATA
 from .errors import RecipeError
 from .ranks import announced, current_ranks
 
-__all__ = ["DEFAULTS", "TrainSettings", "defaults_for", "resolve_device"]
+__all__ = ["DEFAULTS", "PRESETS", "TrainSettings", "defaults_for", "resolve_device"]
 
 COUNTS = (
     "width", "image_size", "train_size", "epochs", "batch_size", "prune_every", "round_to", "threads", "save_every", "accumulate",
@@ -158,6 +158,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cifar10": {"width": 64, "epochs": 30, "batch_size": 128, "lr": 5e-3, "peak_penalty": 0.03},
     "folder": {"width": 64, "epochs": 30, "batch_size": 64, "lr": 5e-3, "peak_penalty": 0.03},
 }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {
+        "target_flops": 0.2, "steer_until": 0.3, "peak_penalty": 0.0, "criterion": "window", "prune_every": None,
+        "round_to": 8,
+    },
+}
+"""Name -> settings that go over a recipe's and under the flags.
+
+fast: the open-loop penalty kills units late, when the learning rate has been high for some time; pushed by a budget (see
+`Steering`) they are gone by 30% of the run. On the digits, seeds 0 to 2, the run then takes 43% to 44% of the dense one's
+operations (55% with the default penalty, seed 0) and ends with 22% to 24% of them at 99.2% to 99.4% accuracy, mean 99.3%, as
+with the penalty; dense 99.7%. Other trials lost about 0.8 points."""
 
 
 def defaults_for(data: str, model: str) -> dict[str, Any]:

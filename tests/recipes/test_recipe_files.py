@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from demp_kernels.cli import main
 from demp_kernels.recipes.optimisation import DecoupledSGD, build_schedule
 from demp_kernels.recipes.recipe_files import read_recipe, recipe_summaries
 from demp_kernels.recipes.settings import TrainSettings
+from demp_kernels.recipes.train_command import settings_from
 
 NAMES = list(recipe_summaries())
 # every recipe is shrunk to seconds by these; what is left of it is its optimiser, schedule, loss, model and data
@@ -133,3 +135,12 @@ def test_learning_rates() -> None:
     assert warm == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5] + [0.5] * 95)
     cycle = rates(lr_schedule="one-cycle", warm_up=0.2)
     assert max(cycle) == pytest.approx(0.5, rel=1e-3) and cycle.index(max(cycle)) in (19, 20) and cycle[-1] < 0.01
+
+
+def test_a_preset_goes_over_the_recipe_and_under_the_flags() -> None:
+    chosen = Namespace(recipe="resnet18-cifar10-adamw", preset="fast", steer_until=0.4)
+    settings, recipe = settings_from(chosen).resolved(), read_recipe("resnet18-cifar10-adamw")
+    assert settings.target_flops == 0.2 and settings.steer_until == 0.4 and settings.epochs == recipe["epochs"]
+    assert (settings.peak_penalty, settings.prune_every, settings.criterion) == (0.0, None, "window")
+    paper = settings_from(Namespace(recipe="resnet18-cifar10-adamw")).resolved()
+    assert paper.target_flops is None and paper.peak_penalty > 0
