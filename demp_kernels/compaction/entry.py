@@ -61,8 +61,8 @@ def compact(
             linear layer and convolution loses goes into its bias, or off the running mean of the BatchNorm behind it.
             Constant units so go exactly, but for the borders of zero padding; the report's `folded` tells, layer by layer,
             what change is left. A unit that something else reads (an addition, a layer without bias) stays, with the reason.
-            Without: units are removed as if they were zero. Dropout between a unit and its reader scatters the constant in
-            training; its mean is kept.
+            Without: units are removed as if they were zero. In training a constant may be another one: dropout in front of
+            the reader scatters it, a gate scales it with the batch's statistics.
         max_change: with `fold_batches`: a layer whose output would change by more than this share of its standard deviation
             keeps some of its inputs that are not zero, those that it changes most without. 1e-9, say, lets only constants go.
 
