@@ -7,6 +7,7 @@ rounding, a failed forward or a failed backward; what it cannot follow shows as 
 from __future__ import annotations
 
 import csv
+import re
 import time
 import warnings
 from collections import Counter
@@ -188,8 +189,9 @@ def _require_gradients(model: nn.Module, images: Tensor) -> None:
 
 
 def _reasons(report: CompactionReport) -> str:
-    """The reasons without their numbers, and how many activations each stopped."""
-    counted = Counter(text.split(": ", 1)[-1] for text in report.kept.values())
+    """The reasons without their numbers, and how many activations each stopped. Modules that run the same line of source
+    count as one."""
+    counted = Counter(re.sub(r" in \S+ \(", " (", text.split(": ", 1)[-1]) for text in report.kept.values())
     return "; ".join(f"{text} ({count}x)" for text, count in counted.most_common(3))
 
 

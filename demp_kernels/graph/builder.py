@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .atoms import PINNED, Atoms
-from .capture import Capture, origin
+from .capture import Capture, module_path, origin
 from .flow import Flow, Link, Step
 from .values import Activation, Balance, Floor, Parameter, ParameterAxis, Reader, Selection, Value, along
 
@@ -204,8 +204,7 @@ class Builder:
 
     def owner(self, node: fx.Node) -> tuple[str, nn.Module | None]:
         """Path and module whose forward made a node, and the module itself."""
-        stack = node.meta.get("nn_module_stack") or {}
-        path = list(stack.values())[-1][0] if stack else ""
+        path = module_path(node)
         return path, self._modules.get(path)
 
     def activation_number(self, path: str, kind: str | None, atoms: np.ndarray, dim: int) -> int:
@@ -396,10 +395,10 @@ def _canonical_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter or buffer -> the first name of the same tensor (tied weights have several)."""
     first: dict[int, str] = {}
     names: dict[str, str] = {}
-    for module_path, module in model.named_modules(remove_duplicate=False):
+    for owner, module in model.named_modules(remove_duplicate=False):
         for members in (module._parameters, module._buffers):
             for leaf, tensor in members.items():
                 if tensor is not None:
-                    name = f"{module_path}.{leaf}" if module_path else leaf
+                    name = f"{owner}.{leaf}" if owner else leaf
                     names[name] = first.setdefault(id(tensor), name)
     return names

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "origin", "quiet_fake_tensors", "source_line"]
+__all__ = ["PLACE", "AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "module_path", "origin", "quiet_fake_tensors", "source_line"]
 
 
 TRACING = threading.RLock()
@@ -94,8 +95,22 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], *, leaves_only: bool = Fa
         raise AnalysisError(f"torch.export cannot capture {type(model).__name__}: {text[0]}") from error
     finally:
         torch.set_rng_state(rng)
+    if isinstance(model, fx.GraphModule):
+        _remember_places(model, program.graph)
     signature = program.graph_signature
     return Capture(list(program.graph.nodes), {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
+
+
+def _remember_places(model: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give nodes captured from a prepared model the places that `prepare` remembered of the calls of its modules: the code
+    that runs now was generated."""
+    places = {node.target: node.meta[PLACE] for node in model.graph.nodes if node.op == "call_module" and PLACE in node.meta}
+    for node in graph.nodes:
+        path = module_path(node)
+        while path and path not in places:
+            path = path.rpartition(".")[0]
+        if path:
+            node.meta[PLACE] = places[path]
 
 
 @contextmanager
@@ -109,8 +124,11 @@ def quiet_fake_tensors() -> Iterator[None]:
         log.disabled = before
 
 
+PLACE = "demp_place"
+"""Key in a node's meta: file and line of the model's source that made it, where the stack trace does not tell."""
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_OURS = str(Path(__file__).parents[1]) + os.sep
 
 
 def source_line(node: fx.Node) -> tuple[str, int] | None:
@@ -121,8 +139,13 @@ def source_line(node: fx.Node) -> tuple[str, int] | None:
 
 def origin(node: fx.Node) -> str:
     """Where a node comes from, for messages: op, module path and source line."""
+    text = f"{getattr(node.target, '__name__', node.target)} in {module_path(node) or 'the model'}"
+    line = node.meta.get(PLACE) or source_line(node)
+    generated = line is None or line[0].startswith(("<", _OURS))
+    return text if generated else f"{text} ({Path(line[0]).name}:{line[1]})"
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the module whose forward made a node."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    text = f"{getattr(node.target, '__name__', node.target)} in {path or 'the model'}"
-    line = source_line(node)
-    return text if line is None or line[0].startswith("<") else f"{text} ({Path(line[0]).name}:{line[1]})"
+    return list(stack.values())[-1][0] if stack else ""

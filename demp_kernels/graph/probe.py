@@ -117,6 +117,9 @@ def _some(graph: UnitGraph) -> tuple[np.ndarray, bool]:
     for atoms in axes:
         if kept[atoms].all():
             kept[atoms] = least[atoms]
+            for balance in graph.balances:  # a group goes with its other side only
+                if np.isin(balance.rows, atoms).any() or np.isin(balance.columns, atoms).any():
+                    kept[balance.rows], kept[balance.columns] = least[balance.rows], least[balance.columns]
     kept = _widened(graph, kept)
     return kept, not any(kept[atoms].all() for atoms in axes)
 
@@ -206,8 +209,8 @@ def _alike(captured: Capture, node: fx.Node) -> list[fx.Node]:
 
 def _to_blame(model: nn.Module, captured: Capture, built: Builder, error: BaseException | None) -> list[fx.Node] | None:
     """Which nodes may be to blame for an error. On the innermost line that handles units a node that splits units, rather
-    than another view that takes sizes; rather than these the last ones before it that split units; rather than these any
-    node of the module that failed, or any node of the line. None: it cannot be told."""
+    than another view that takes sizes; rather than these the last ones before it of both kinds; rather than these any node
+    of the module that failed, or any node of the line. None: it cannot be told."""
     by_line: dict[tuple[str, int], list[fx.Node]] = {}
     for node in captured.nodes:
         line = source_line(node)
@@ -227,18 +230,20 @@ def _to_blame(model: nn.Module, captured: Capture, built: Builder, error: BaseEx
     if nodes is None:
         return None
     inside = [node for node in nodes if failed and built.owner(node)[0] == failed]
-    splits = [node for node in nodes if node in built.splits]
-    views = [node for node in nodes if node in built.views and _schema_name(node) in TAKE_SIZES - {"flatten", "view_as"}]
-    return splits or views or _splits_before(built, nodes) or inside or nodes
+    views = {node for node in built.views if _schema_name(node) in TAKE_SIZES - {"flatten", "view_as"}}
+    for kind in (built.splits, views):
+        if found := [node for node in nodes if node in kind]:
+            return found
+    return _before(nodes, built.splits - built.refused) or _before(nodes, views - built.refused) or inside or nodes
 
 
-def _splits_before(built: Builder, nodes: list[fx.Node]) -> list[fx.Node]:
-    """The nearest nodes that split units among those that some nodes are computed from."""
+def _before(nodes: list[fx.Node], kind: set[fx.Node]) -> list[fx.Node]:
+    """The nearest nodes of a kind among those that some nodes are computed from."""
     seen, pending = set(nodes), list(nodes)
     while pending:
         pending = [n for n in dict.fromkeys(s for node in pending for s in node.all_input_nodes) if n not in seen]
         seen.update(pending)
-        found = [node for node in pending if node in built.splits and node not in built.refused]
+        found = [node for node in pending if node in kind]
         if found:
             return found
     return []

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ..modules import DemPActivation, SelectiveAdd
 from ..norm_modules import DemPBatchNormAct2d
+from .capture import PLACE, source_line
 
 __all__ = ["PrepareError", "TrainingFlag", "attributes_of", "trace_both_modes"]
 
@@ -34,6 +35,8 @@ class TrainingFlag(nn.Module):
 class ModeTracer(fx.Tracer):
     """`fx.Tracer` that does not look into torch.nn's and this package's modules, nor into childless ones that ask for
     their own mode (torchvision's StochasticDepth)."""
+
+    record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (DemPActivation, DemPBatchNormAct2d, SelectiveAdd, TrainingFlag)):
@@ -71,6 +74,11 @@ def trace_both_modes(model: nn.Module) -> fx.Graph:
     train_nodes, eval_nodes = list(train_graph.nodes), list(eval_graph.nodes)
     for train_node, eval_node in zip(train_nodes, eval_nodes):
         _merge(train_graph, train_node, eval_node, type(model).__name__)
+    for node in train_nodes:
+        place = source_line(node)
+        node.meta.pop("stack_trace", None)  # pages of text a node
+        if place is not None:
+            node.meta[PLACE] = place
     if len(train_nodes) != len(eval_nodes):
         raise _other_path(type(model).__name__, train_nodes[min(len(train_nodes), len(eval_nodes)) - 1])
     return train_graph

@@ -137,7 +137,7 @@ def test_unprepared_torchvision_model_is_compacted_with_coupling() -> None:
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
     assert report.live_units["layer1.0.relu@0"] == 44 and model.layer1[0].conv1.out_channels == 44
     assert report.live_units["relu"] == report.live_units["layer1.1.relu@1"] == 57
-    assert report.kept["relu"] == "2 dead units: add_.Tensor in layer1.1 joins them with values that are not zero"
+    assert report.kept["relu"] == "2 dead units: add_.Tensor in layer1.1 (resnet.py:102) joins them with values that are not zero"
 
 
 def test_saved_widths_fit_a_new_model() -> None:
