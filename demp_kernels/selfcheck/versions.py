@@ -45,7 +45,7 @@ def try_versions(
 
     Raises RecipeError where an environment cannot be made, or the build fails.
     """
-    outcomes = []
+    outcomes: list[VersionOutcome] = []
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         _call(["git", "clone", "--quiet", str(checkout()), str(clone)], "clone")
