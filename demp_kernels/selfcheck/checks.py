@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .fuzz import fuzz_checkpoints
 from .kills import survive_kills
@@ -79,7 +80,7 @@ def _inputs(size: Size, say: Say) -> Outcome:
 
 
 def _sanitizers(size: Size, say: Say) -> Outcome:
-    part = dict(kernels=["weight_noise"], tests=["tests/ops/test_weight_noise.py"], levels=["portable"]) if size.short else {}
+    part: dict[str, Any] = dict(kernels=["weight_noise"], tests=["tests/ops/test_weight_noise.py"], levels=["portable"]) if size.short else {}
     found = [run_sanitizer(sanitizer, say=say, **part) for sanitizer in SANITIZERS]
     right = all(one.found == one.planted > 0 and one.passed > 0 and not one.reports and not one.failures for one in found)
     lines = [str(one).splitlines() for one in found]
