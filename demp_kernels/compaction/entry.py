@@ -89,11 +89,11 @@ def compact(
     dead = counted_dead(model, graph) if dead is None else dead
     if batches is None:
         keep = graph.keep(dead, round_to=step, min_units=min_units)
-        return _carry_out(model, optimizers, copies, graph, keep, explain(graph, graph.masks(dead), keep.atoms), start, analysed)
+        return _carry_out(model, optimizers, copies, graph, keep, explain(graph, graph.masks(dead), keep), start, analysed)
     folding = Folding(
         [model, *copies], graph, dead, batches, round_to=step, min_units=min_units, max_change=max_change
     )
-    reasons = {**explain(graph, graph.masks(dead), folding.keep.atoms), **folding.kept}
+    reasons = {**explain(graph, graph.masks(dead), folding.keep), **folding.kept}
     return _carry_out(model, optimizers, copies, graph, folding.keep, reasons, start, analysed, folding)
 
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .flow import Step
+from .flow import Slot, Step
 
 if TYPE_CHECKING:
-    from .units import UnitGraph
+    from .units import Keep, UnitGraph
 
 __all__ = ["explain"]
 
@@ -16,13 +16,14 @@ SAMPLES = 4
 """Units of one activation that are looked at: each costs a pass over the entries."""
 
 
-def explain(graph: UnitGraph, masks: dict[int, np.ndarray], kept: np.ndarray) -> dict[str, str]:
+def explain(graph: UnitGraph, masks: dict[int, np.ndarray], keep: Keep) -> dict[str, str]:
     """Activation -> how many of its dead units stay, and why.
 
     Args:
         masks: activation number -> (units,) bool, the dead ones, as `UnitGraph.masks` gives them.
-        kept: (classes,) bool, as `UnitGraph.keep` gives it.
+        keep: what `UnitGraph.keep` gave for them.
     """
+    kept = keep.atoms
     found: dict[str, str] = {}
     search: _Search | None = None
     for number, mask in masks.items():
@@ -35,22 +36,29 @@ def explain(graph: UnitGraph, masks: dict[int, np.ndarray], kept: np.ndarray) ->
             if graph.is_pinned[c]:
                 reasons[graph.reasons.get(c, "a tensor that cannot be cut")] = None
                 continue
-            search = search or _Search(graph, masks, kept)
+            search = search or _Search(graph, masks, keep)
             reasons[search.why(c)] = None
         found[activation.name] = f"{stay.size} dead units: " + "; ".join(reasons)
     return found
 
 
+def _entries(slot: Slot, index: np.ndarray | slice) -> np.ndarray:
+    """The entries that an index of a link means."""
+    return np.arange(slot.start, slot.start + slot.size)[index]
+
+
 class _Search:
     """Goes back from the values that somebody needs to the op that made them something else than zero."""
 
-    def __init__(self, graph: UnitGraph, masks: dict[int, np.ndarray], kept: np.ndarray) -> None:
-        self.graph, self.masks, self.kept = graph, masks, kept
+    def __init__(self, graph: UnitGraph, masks: dict[int, np.ndarray], keep: Keep) -> None:
+        self.graph, self.masks, self.kept, self.live = graph, masks, keep.atoms, keep.live
         flow = graph.flow
-        self.live = flow.live(masks)[0]
-        self.needed = flow.kept(self.live[None], graph.classes, np.nonzero(graph.is_pinned)[0])[0]
+        self.needed = keep.atoms
         """Classes that would stay without any widths to keep."""
-        self.read = self._read()
+        if keep.widened:
+            self.needed = flow.kept(self.live[None], graph.classes, np.nonzero(graph.is_pinned)[0])[0]
+        self.read = np.nonzero(self.live & self._read())[0]
+        self.classes_read = flow.atom_of[self.read]
         self.steps = {step.slot: step for step in flow.steps}
         self.starts = np.array([slot.start for slot in flow.slots])
 
@@ -58,7 +66,7 @@ class _Search:
         """Why class `c`, which is not pinned, stays."""
         if not self.needed[c]:
             return self._width(c)
-        for entry in np.nonzero((self.graph.flow.atom_of == c) & self.live & self.read)[0].tolist():
+        for entry in self.read[self.classes_read == c].tolist():
             if (text := self._met(entry)) is not None:
                 return text
         return self._alive(c) or "other layers need them"
@@ -69,10 +77,9 @@ class _Search:
         read = flow.contracted.copy()
         need = flow.needed(self.live[None], self.needed[flow.atom_of][None])[0]
         for step in flow.steps:
-            out = flow.slots[step.slot].span
             for link in step.links:
                 if link.source is not None and link.target is not None:
-                    source, target = flow.slots[link.slot].start + link.source, out.start + link.target
+                    source, target = _entries(flow.slots[link.slot], link.source), _entries(flow.slots[step.slot], link.target)
                     read[source[need[target] & (flow.atom_of[source] != flow.atom_of[target])]] = True
         return read
 
@@ -98,11 +105,12 @@ class _Search:
         """Entries that entry `place` of a step's slot is made from."""
         found: list[int] = []
         for link in step.links:
-            start = self.graph.flow.slots[link.slot].start
+            slot = self.graph.flow.slots[link.slot]
             if link.source is None or link.target is None:
-                found.append(start + place)
+                found.append(slot.start + place)
             else:
-                found += (start + link.source[link.target == place]).tolist()
+                out = self.graph.flow.slots[step.slot]
+                found += _entries(slot, link.source)[_entries(out, link.target) == out.start + place].tolist()
         return found
 
     def _text(self, step: Step, alive: list[int]) -> str:

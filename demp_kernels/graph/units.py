@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,11 @@ class WidthFloor:
 @dataclass
 class Keep:
     """What stays, for given dead units. `atoms`: (classes,) bool. `widened`: activation or reason -> dead entries that
-    stay because of a width."""
+    stay because of a width. `live`: (entries,) bool, values that are not known to be zero."""
 
     atoms: np.ndarray
     widened: dict[str, int]
+    live: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
 
 
 class UnitGraph:
@@ -260,7 +261,7 @@ class UnitGraph:
         widened: dict[str, int] = {}
         pinned = np.nonzero(self.is_pinned)[0]
         kept = self.flow.kept(live, self.classes, pinned, lambda k: self.to_widen(k, widened, round_to, min_units), folded)[0]
-        return Keep(kept, widened)
+        return Keep(kept, widened, live[0])
 
     def to_widen(self, kept: np.ndarray, widened: dict[str, int], round_to: int, min_units: int) -> np.ndarray:
         """Classes to keep besides `kept` because of widths; counted in `widened` by activation or reason."""
