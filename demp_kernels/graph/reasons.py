@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["explain"]
 
-SAMPLES = 4
+SAMPLES = 2
 """Units of one activation that are looked at: each costs a pass over the entries."""
 
 
@@ -108,6 +108,9 @@ class _Search:
             slot = self.graph.flow.slots[link.slot]
             if link.source is None or link.target is None:
                 found.append(slot.start + place)
+            elif isinstance(link.source, slice) and isinstance(link.target, slice):  # runs, which have a start
+                if link.target.start <= place < link.target.stop:
+                    found.append(slot.start + link.source.start + place - link.target.start)
             else:
                 out = self.graph.flow.slots[step.slot]
                 found += _entries(slot, link.source)[_entries(out, link.target) == out.start + place].tolist()
