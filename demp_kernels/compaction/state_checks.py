@@ -1,6 +1,8 @@
 """Whether what a checkpoint holds fits a model and its optimisers: asked before anything is changed."""
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
@@ -80,8 +82,31 @@ def check_optimizer_states(optimizers: Sequence[Optimizer], states: Any, shape: 
         for number, values in kept.items():
             if type(number) is not int or not 0 <= number < len(parameters) or not isinstance(values, dict):
                 raise ValueError(f"an optimiser's state must be of one of its {len(parameters)} parameters, got {number!r}")
+            for key in _ADAM if values and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) else ():
+                if not isinstance(values.get(key), (Tensor, Real) if key == "step" else Tensor):
+                    raise ValueError(f"Adam's state of parameter {number} must have a tensor {key!r}, got {type(values.get(key)).__name__}")
             for key, value in values.items():
                 _check_moment(optimizer, f"{key} of parameter {number}", value, parameters[number], shape(parameters[number]))
+        _check_loading(optimizer, state, parameters, shape)
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""Without them Adam takes any state, and fails in the next step."""
+
+
+def _check_loading(optimizer: Optimizer, state: dict[str, Any], parameters: Sequence[Tensor], shape: Shape) -> None:
+    """Let a copy of the optimiser, over parameters of the shapes to come and without memory, load the state."""
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+        return
+    trial = copy.copy(optimizer)
+    stand_ins = {id(p): torch.empty(shape(p), dtype=p.dtype, device="meta", requires_grad=p.requires_grad) for p in parameters}
+    trial.param_groups = [{**group, "params": [stand_ins[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    trial.state = defaultdict(dict)
+    try:
+        trial.load_state_dict(state)
+    except Exception as error:  # each optimiser fails in its own way
+        text = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{type(optimizer).__name__} must be able to load its state: {type(error).__name__}: {text}") from error
 
 
 def _check_groups(optimizer: Optimizer, saved: list[Any]) -> None:
@@ -132,7 +157,7 @@ def _alike(own: Any, saved: Any) -> bool:
         return saved is None or isinstance(saved, bool)
     if isinstance(own, (Real, Tensor)):
         return (isinstance(saved, Real) and not isinstance(saved, bool)) or (
-            isinstance(saved, Tensor) and saved.numel() == 1
+            isinstance(saved, Tensor) and saved.numel() == 1 and not saved.is_complex()
         )
     if isinstance(own, (tuple, list)):
         return isinstance(saved, (tuple, list)) and len(saved) == len(own) and all(map(_alike, own, saved))

@@ -10,9 +10,9 @@ After every refusal, which has to be a CheckpointError, the model, the optimiser
 must be as they were. After a load the model must hold what the file says, and run. While a file is read nothing may be
 executed, written, deleted or connected to; Python's audit events tell.
 
-Not seen: code that runs without an audit event (machine code in torch's own reader, for which torch is trusted), files that
-take more memory than there is, readers other than this one. The network is small, and the choice of bytes blind: nothing
-follows which branches of the reader a file reached.
+Not seen: nonsense of the right kind, such as a negative number of steps; code that runs without an audit event (machine code
+in torch's own reader, for which torch is trusted); files that take more memory than there is; readers other than this one.
+The network is small, and the choice of bytes blind: nothing follows which branches of the reader a file reached.
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import io
 import random
 import struct
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -149,7 +150,8 @@ def _wrongly_loaded(path: Path, run: Run) -> str:
             return f"{name} was loaded with other values than the file's"
     try:
         nn.functional.mse_loss(model(X), torch.zeros(4, 3)).backward()
-        optimizer.step()
+        if all(state["step"] >= 0 for state in optimizer.state.values()):  # Adam divides by 1 - beta ** step
+            optimizer.step()
         demp.report()
     except Exception as error:
         return f"it was loaded, and the next step failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
@@ -340,6 +342,12 @@ def _watched() -> Any:
         _events = None
 
 
+def _is_late_import(code: Any) -> bool:
+    """Python and torch import some of their own modules when they are needed first; a file cannot name them."""
+    own = (sysconfig.get_path("stdlib"), str(Path(torch.__file__).parent))
+    return getattr(code, "co_name", "") == "<module>" and str(code.co_filename).startswith(own)
+
+
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
     if _events is None:
         return
@@ -347,5 +355,5 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
         _, mode, flags = arguments
         if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
             _events.append(f"{arguments[0]} was opened to be written")
-    elif event in FORBIDDEN:
-        _events.append(event)
+    elif event in FORBIDDEN and not (event == "exec" and _is_late_import(arguments[0])):
+        _events.append(f"{event} of {arguments[0] if arguments else ''}")

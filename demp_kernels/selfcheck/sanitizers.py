@@ -36,7 +36,7 @@ SANITIZERS = ("address,undefined", "thread")
 RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so", "thread": "libtsan.so"}
 REPORT = re.compile(r"ERROR: AddressSanitizer.*|WARNING: ThreadSanitizer.*|.*runtime error: .*")
 TESTS = (
-    "tests/ops/test_activation.py", "tests/ops/test_channel_select.py", "tests/ops/test_compact.py",
+    "tests/ops/test_activation.py", "tests/ops/test_channel_select.py", "tests/ops/test_compact.py", "tests/ops/test_determinism.py",
     "tests/ops/test_native_table.py", "tests/ops/test_norm_act.py", "tests/ops/test_philox.py",
     "tests/ops/test_random_inputs.py", "tests/ops/test_weight_noise.py", "tests/test_modules.py",
 )

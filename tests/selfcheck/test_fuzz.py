@@ -25,7 +25,7 @@ def test_changed_files_are_refused_or_loaded(record_property: Callable[[str, obj
 @pytest.mark.parametrize(
     ("reader", "text"),
     [
-        (lambda *run: exec("1"), "exec while it was read"),
+        (lambda *run: exec("1"), "exec of <code object"),
         (lambda path, *run: Path(path).with_suffix(".trace").write_text(""), "was opened to be written while it was read"),
         (lambda path, model, *run: model.get_submodule("0").weight.data.zero_(), "was loaded with other values than the file's"),
         (lambda *run: {}["missing"], "KeyError instead of a CheckpointError"),

@@ -173,7 +173,7 @@ WRONG: list[Any] = [
 ]
 ALLOWED = {
     ("demp",): [None], ("optimizers",): [[]], ("extra",): [{}, {"a": 1}], ("optimizers", 0, "state"): [{}],
-    ("optimizers", 0, "state", 0): [{}, {"a": 1}], ("demp", "counters"): [{}], ("demp", "history"): [[]],
+    ("optimizers", 0, "state", 0): [{}], ("demp", "counters"): [{}], ("demp", "history"): [[]],
     ("optimizers", 0, "param_groups", 0, "lr"): [-7, 2.5], ("rng", "cuda"): [[]],
 }
 """What is right in its place, or nobody's business."""
@@ -210,6 +210,9 @@ def test_wrong_types_in_every_field(
         (("demp", "steps_done"), 10, "steps_done must be between 0 and 9, got 10"),
         (("demp", "counters", "2", "active"), torch.zeros(8, dtype=torch.int64), "has 8 units for 2, the model 6"),
         (("optimizers", 0, "state", 0, "exp_avg"), torch.zeros(8, 6), r"exp_avg of parameter 0 must have shape \(6, 6\)"),
+        (("optimizers", 0, "state", 0, "exp_avg"), None, "must have a tensor 'exp_avg', got NoneType"),
+        (("optimizers", 0, "state", 0, "step"), torch.zeros((), dtype=torch.complex64), "must be real as the parameter is"),
+        (("demp", "counters", "2", "seen"), torch.zeros((), dtype=torch.int64, device="meta"), "must be a dense tensor with values"),
         (("optimizers", 0, "param_groups", 0, "params"), [0, 1], "must have 8 parameters in their order"),
     ],
 )
