@@ -335,7 +335,8 @@ def _watched() -> Any:
     if not _hooked:
         sys.addaudithook(_note)
         _hooked = True
-    _events = found = []
+    found: list[str] = []
+    _events = found
     try:
         yield found
     finally:
