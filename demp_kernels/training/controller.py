@@ -254,7 +254,7 @@ class DemP:
         self._steps_done = state["steps_done"]
         if self._steerer is not None and state.get("steering") is not None:
             self._steerer.load_state_dict(state["steering"])
-        self._history = [DemPEvent(**event) for event in state["history"]]
+        self._history = [DemPEvent(e["step"], e["live_units"], e["parameters"], e["seconds"]) for e in state["history"]]
         # what the last saved step saw is part of the window already
         self._liveness.restart()
         self._liveness.take()
