@@ -28,7 +28,7 @@ from .machine import StepClock
 from .methods import Method, Plan
 from .models import MODELS, build_model, is_convolutional
 from .optimisation import build_optimizer, build_schedule
-from .ranks import current_ranks
+from .ranks import Stopped, current_ranks
 from .settings import TrainSettings
 
 __all__ = ["RunResult", "Stopped", "Training", "Watcher", "new_model", "read_data", "warm_up"]
@@ -63,10 +63,6 @@ class RunResult:
     @property
     def finished(self) -> bool:
         return self.steps == self.total_steps > 0
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was asked to stop and has, behind the same step on every rank; what was known then is on record."""
 
 
 class Watcher(Protocol):

@@ -20,10 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import RecipeError
 
-__all__ = ["Ranks", "announced", "current_ranks", "joined", "local_device"]
+__all__ = ["Ranks", "Stopped", "announced", "current_ranks", "joined", "local_device"]
 
 ANNOUNCED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes in the environment."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop and has, behind the same step on every rank; what was known then is on record."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def joined(device: torch.device) -> Iterator[None]:
     """In the process group that torchrun announces, if it does: NCCL between GPUs, gloo between CPUs.
 
     After an error the group is left as it is, since the others may be waiting in it: this process ends with the error, and
-    torchrun ends the others.
+    torchrun ends the others. A stop is no error: all ranks come to it.
     """
     if announced() == 1:
         yield
@@ -122,5 +126,10 @@ def joined(device: torch.device) -> Iterator[None]:
     # are copied into the exchange's buckets in either case
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield
+    try:
+        yield
+    except Stopped:
+        # left to the interpreter's end, gloo's threads are torn down as they run: now and then "terminate called" (SIGABRT)
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()

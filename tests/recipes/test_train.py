@@ -107,7 +107,7 @@ def test_checkpoint_holds_the_shrunk_network(finished: tuple[Path, str]) -> None
     model.eval()
     with torch.no_grad():
         right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in data.test)
-    assert right / 360 == pytest.approx(summary["demp"]["accuracy"], abs=1 / 360)
+    assert abs(right - round(360 * summary["demp"]["accuracy"])) <= 1  # another batch size rounds otherwise
 
 
 def train(out: Path, *arguments: object) -> dict:
