@@ -82,16 +82,27 @@ def check_optimizer_states(optimizers: Sequence[Optimizer], states: Any, shape: 
         for number, values in kept.items():
             if type(number) is not int or not 0 <= number < len(parameters) or not isinstance(values, dict):
                 raise ValueError(f"an optimiser's state must be of one of its {len(parameters)} parameters, got {number!r}")
-            for key in _ADAM if values and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) else ():
-                if not isinstance(values.get(key), (Tensor, Real) if key == "step" else Tensor):
-                    raise ValueError(f"Adam's state of parameter {number} must have a tensor {key!r}, got {type(values.get(key)).__name__}")
+            if values and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+                _check_adam(number, values, shape(parameters[number]))
             for key, value in values.items():
                 _check_moment(optimizer, f"{key} of parameter {number}", value, parameters[number], shape(parameters[number]))
         _check_loading(optimizer, state, parameters, shape)
 
 
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
-"""Without them Adam takes any state, and fails in the next step."""
+def _check_adam(number: int, values: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Adam takes any state while it loads, and fails in the next step, or counts wrong."""
+    step = values.get("step")
+    counts = isinstance(step, Tensor) and step.dim() == 0 and step.is_floating_point()
+    if not counts and not (isinstance(step, Real) and 0 <= step < 2**53):
+        raise ValueError(f"Adam's state of parameter {number} must have a number of steps 'step', got {_described(step)}")
+    for key in ("exp_avg", "exp_avg_sq", *({"max_exp_avg_sq"} & values.keys())):
+        moment = values.get(key)
+        if not isinstance(moment, Tensor) or tuple(moment.shape) != shape or not moment.is_floating_point():
+            raise ValueError(f"Adam's state of parameter {number} must have {key!r} of shape {shape}, got {_described(moment)}")
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_loading(optimizer: Optimizer, state: dict[str, Any], parameters: Sequence[Tensor], shape: Shape) -> None:
@@ -133,6 +144,8 @@ def _check_moment(optimizer: Optimizer, name: str, value: Any, parameter: Tensor
     _check_tensor(name, value)
     if value.is_complex() and not parameter.is_complex():
         raise ValueError(f"{name} must be real as the parameter is, got {value.dtype}")
+    if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride())):
+        raise ValueError(f"{name} must have an element of its own in each place, got strides {value.stride()}")
     # L-BFGS keeps its history, over all parameters, with the first of them
     flat = isinstance(optimizer, torch.optim.LBFGS) or value.numel() == 1 or value.dim() != len(shape)
     if not flat and any(size not in (1, wanted) for size, wanted in zip(value.shape, shape)):
