@@ -82,10 +82,10 @@ def check_optimizer_states(optimizers: Sequence[Optimizer], states: Any, shape: 
         for number, values in kept.items():
             if type(number) is not int or not 0 <= number < len(parameters) or not isinstance(values, dict):
                 raise ValueError(f"an optimiser's state must be of one of its {len(parameters)} parameters, got {number!r}")
-            if values and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-                _check_adam(number, values, shape(parameters[number]))
             for key, value in values.items():
                 _check_moment(optimizer, f"{key} of parameter {number}", value, parameters[number], shape(parameters[number]))
+            if values and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+                _check_adam(number, values, shape(parameters[number]))
         _check_loading(optimizer, state, parameters, shape)
 
 
@@ -97,7 +97,9 @@ def _check_adam(number: int, values: dict[str, Any], shape: tuple[int, ...]) -> 
         raise ValueError(f"Adam's state of parameter {number} must have a number of steps 'step', got {_described(step)}")
     for key in ("exp_avg", "exp_avg_sq", *({"max_exp_avg_sq"} & values.keys())):
         moment = values.get(key)
-        if not isinstance(moment, Tensor) or tuple(moment.shape) != shape or not moment.is_floating_point():
+        if not isinstance(moment, Tensor):
+            raise ValueError(f"Adam's state of parameter {number} must have a tensor {key!r}, got {type(moment).__name__}")
+        if tuple(moment.shape) != shape or not moment.is_floating_point():
             raise ValueError(f"Adam's state of parameter {number} must have {key!r} of shape {shape}, got {_described(moment)}")
 
 
