@@ -93,7 +93,7 @@ def _check_adam(number: int, values: dict[str, Any], shape: tuple[int, ...]) -> 
     """Adam takes any state while it loads, and fails in the next step, or counts wrong."""
     step = values.get("step")
     counts = isinstance(step, Tensor) and step.dim() == 0 and step.is_floating_point()
-    if not counts and not (isinstance(step, Real) and 0 <= step < 2**53):
+    if not counts and not (isinstance(step, (int, float)) and 0 <= step < 2**53):
         raise ValueError(f"Adam's state of parameter {number} must have a number of steps 'step', got {_described(step)}")
     for key in ("exp_avg", "exp_avg_sq", *({"max_exp_avg_sq"} & values.keys())):
         moment = values.get(key)
