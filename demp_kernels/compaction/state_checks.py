@@ -171,7 +171,8 @@ def _alike(own: Any, saved: Any) -> bool:
     if own is None or isinstance(own, bool):
         return saved is None or isinstance(saved, bool)
     if isinstance(own, (Real, Tensor)):
-        return (isinstance(saved, Real) and not isinstance(saved, bool)) or (
+        whole = isinstance(saved, int) and not isinstance(saved, bool) and abs(saved) < 2**63
+        return whole or isinstance(saved, float) or (
             isinstance(saved, Tensor) and saved.numel() == 1 and not saved.is_complex()
         )
     if isinstance(own, (tuple, list)):

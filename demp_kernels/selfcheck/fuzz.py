@@ -150,7 +150,7 @@ def _wrongly_loaded(path: Path, run: Run) -> str:
             return f"{name} was loaded with other values than the file's"
     try:
         nn.functional.mse_loss(model(X), torch.zeros(4, 3)).backward()
-        if all(state["step"] >= 0 for state in optimizer.state.values()):  # Adam divides by 1 - beta ** step
+        if all(state.get("step", 0) >= 0 for state in optimizer.state.values()):  # Adam divides by 1 - beta ** step
             optimizer.step()
         demp.report()
     except Exception as error:

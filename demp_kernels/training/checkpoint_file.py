@@ -69,7 +69,7 @@ def read_file(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         try:
             intact = _digest_fits(file)
-            _refuse_packed(file)
+            _check_archive(file)
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile file fails anywhere in zipfile, in the unpickler or in torch
@@ -122,12 +122,16 @@ class _Hashed:
 
 def _write_archive(file: IO[bytes], content: dict[str, Any]) -> None:
     hashed: Any = _Hashed(file)
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # what reads the file asks for them
     try:
         torch.save(content, hashed)
     except RuntimeError:
         if hashed.failure is not None:
             raise hashed.failure from None
         raise
+    finally:
+        torch.serialization.set_crc32_options(checksums)
     file.seek(-LENGTH_FIELD, os.SEEK_END)
     file.write(struct.pack("<H", COMMENT) + MAGIC + hashed.digest.hexdigest().encode())
 
@@ -153,15 +157,18 @@ def _digest_fits(file: IO[bytes]) -> bool:
     return True
 
 
-def _refuse_packed(file: IO[bytes]) -> None:
-    """Refuse an archive that would grow when it is read. torch.save packs nothing, so that reading a file takes no more
-    memory than it has bytes."""
+def _check_archive(file: IO[bytes]) -> None:
+    """Refuse an archive that would grow when it is read: torch.save packs nothing, so that reading a file takes no more memory
+    than it has bytes. And one whose entries are not what its directory says: torch then takes what happens to be in memory for
+    the rest of a tensor (seen with torch 2.14)."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("its entries are compressed")
         if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
             raise ValueError("its entries overlap")
+        if (broken := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {broken} does not fit")
 
 
 def _remove_leftovers(path: Path) -> None:

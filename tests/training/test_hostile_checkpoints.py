@@ -147,6 +147,29 @@ def test_a_zip_bomb(good: Path, tmp_path: Path, refused: Callable[..., None]) ->
     refused(path, "its entries are compressed")
 
 
+def test_a_tensor_that_is_not_what_the_archive_says(good: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
+    """With a digest that fits: only the entry's own checksum tells."""
+    with zipfile.ZipFile(good) as archive:
+        entry = next(entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size > 16)
+        content = archive.read(entry)
+    whole = good.read_bytes()[: -COMMENT - 2]
+    place = whole.index(content, entry.header_offset)
+    changed = whole[:place] + bytes([content[0] ^ 1]) + whole[place + 1 :]
+    path = tmp_path / "entry.pt"
+    path.write_bytes(sealed(changed + bytes(2)))
+    refused(path, "the checksum of .* does not fit")
+
+
+def test_checksums_are_written_whatever_torch_is_set_to(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        dk.save_checkpoint(tmp_path / "file.pt", build()[0])
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(True)
+    dk.load_checkpoint(tmp_path / "file.pt", build()[0])
+
+
 def replaced(content: Any, keys: tuple[Any, ...], value: Any) -> Any:
     if not keys:
         return value
