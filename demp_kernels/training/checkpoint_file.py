@@ -89,6 +89,10 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+DOS_FOLDER = 0x10
+"""The attribute that makes a folder of an entry, whatever its name is."""
+
+
 class _Hashed:
     """What torch.save writes into: hashes all but the last `LENGTH_FIELD` bytes, and remembers why a write failed, which
     torch tells as an internal error of its own."""
@@ -163,11 +167,15 @@ def _check_archive(file: IO[bytes]) -> None:
     the rest of a tensor (seen with torch 2.14)."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
             raise ValueError("its entries are compressed")
         if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
             raise ValueError("its entries overlap")
-        if (broken := archive.testzip()) is not None:
+        if any(entry.is_dir() or entry.external_attr & DOS_FOLDER for entry in entries):
+            raise ValueError("it has folders as entries, of which nothing is read")
+        # what is empty has the checksum 0, which testzip does not ask for
+        empty = (entry.filename for entry in entries if not entry.file_size and entry.CRC)
+        if (broken := next(empty, None) or archive.testzip()) is not None:
             raise ValueError(f"the checksum of {broken} does not fit")
 
 

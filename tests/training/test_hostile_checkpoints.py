@@ -160,6 +160,25 @@ def test_a_tensor_that_is_not_what_the_archive_says(good: Path, tmp_path: Path, 
     refused(path, "the checksum of .* does not fit")
 
 
+@pytest.mark.parametrize(("places", "value", "text"), [
+    ((24,), 0, "compressed"), ((20, 24), 0, "the checksum of .* does not fit"), ((38,), 0x10, "folders as entries"),
+], ids=["size", "sizes", "folder"])  # fmt: skip
+def test_an_entry_of_which_nothing_is_read(
+    good: Path, tmp_path: Path, refused: Callable[..., None], places: tuple[int, ...], value: int, text: str
+) -> None:
+    """places: of its sizes, or attributes, in the directory. torch allocates the tensor, and its values are what memory held."""
+    with zipfile.ZipFile(good) as archive:
+        entry = next(entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size > 16)
+    changed = bytearray(good.read_bytes()[: -COMMENT - 2])
+    place = changed.rindex(entry.filename.encode()) - 46  # the directory is behind the entries
+    assert changed[place : place + 4] == b"PK\x01\x02"
+    for field in places:
+        changed[place + field : place + field + 4] = struct.pack("<I", value)
+    path = tmp_path / "empty.pt"
+    path.write_bytes(sealed(bytes(changed) + bytes(2)))
+    refused(path, text)
+
+
 def test_checksums_are_written_whatever_torch_is_set_to(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:
