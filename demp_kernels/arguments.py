@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["require_integer", "require_module", "require_number", "require_tensor"]
+__all__ = ["require_integer", "require_module", "require_not_negative", "require_number", "require_tensor"]
 
 
 def require_module(name: str, value: Any) -> None:
@@ -28,6 +28,13 @@ def require_number(name: str, value: Any) -> None:
     """Raises TypeError unless `value` is an int or a float."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def require_not_negative(name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is an int or a float, ValueError unless it is >= 0; infinity is."""
+    require_number(name, value)
+    if not value >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
 
 
 def require_integer(name: str, value: Any) -> None:

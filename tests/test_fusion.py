@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,16 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import demp_kernels as dk
-from demp_kernels import functional
 
-
-@pytest.fixture(autouse=True, scope="module", params=["tiny", "op"])
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything twice: tiny inputs go to PyTorch's own ops and a count, and every size to the package's op."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "op":
-            patch.setattr(functional, "_TINY", -1)
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_or_op")
 
 
 class Block(nn.Module):

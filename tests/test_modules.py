@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import demp_kernels as dk
-from demp_kernels import functional
 
 PAIRS = [
     (dk.DemPReLU(), nn.ReLU()),
@@ -25,13 +23,7 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module", params=["tiny", "op"])
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything twice: tiny inputs go to PyTorch's own ops and a count, and every size to the package's op."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "op":
-            patch.setattr(functional, "_TINY", -1)
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_or_op")
 
 
 @pytest.mark.parametrize(("counting", "plain"), PAIRS, ids=lambda m: repr(m))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from ..arguments import require_module, require_number
+from ..arguments import require_module, require_not_negative
 from ..graph import AnalysisError, UnitGraph, remembered_inputs
 from ..graph.reasons import explain
 from ..graph.units import Keep
@@ -80,7 +80,7 @@ def compact(
     if dead is None:
         _require_counters(model)
     copies = as_followers(followers)
-    require_share("max_change", max_change)
+    require_not_negative("max_change", max_change)
     batches = None if fold_batches is None else as_batches(fold_batches)
     if graph is not None and not isinstance(graph, UnitGraph):
         raise TypeError(f"graph must be a UnitGraph, got {type(graph).__name__}")
@@ -169,14 +169,6 @@ def _carry_out(
         folded={} if folding is None else folding.folded,
         notes=[f"{name}: never used by the forward" for name in graph.untraced],
     )
-
-
-def require_share(name: str, value: float) -> float:
-    """The value. Raises TypeError unless it is a number, ValueError unless it is >= 0."""
-    require_number(name, value)
-    if not value >= 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
-    return value
 
 
 def width_step(model: nn.Module) -> int:

@@ -27,8 +27,8 @@ from .report import Folded
 __all__ = ["Batches", "Folding", "as_batches"]
 
 
-def _alone(tensors: list[Tensor]) -> None:
-    """Sums over the processes of a run, where there is one."""
+def _of_one_process(tensors: list[Tensor]) -> None:
+    """Sums over the processes of a run, where there is one: they are as they should be."""
 
 
 @dataclass
@@ -36,10 +36,10 @@ class Batches:
     """Positional arguments of forwards, and how float64 tensors are summed in place over processes that have other ones."""
 
     arguments: list[tuple[Any, ...]]
-    add_up: Callable[[list[Tensor]], None] = _alone
+    add_up: Callable[[list[Tensor]], None] = _of_one_process
 
 
-def as_batches(batches: Any, add_up: Callable[[list[Tensor]], None] = _alone) -> Batches:
+def as_batches(batches: Any, add_up: Callable[[list[Tensor]], None] = _of_one_process) -> Batches:
     """Batches out of an iterable of inputs (tensors, or tuples of positional arguments) or a function that returns one.
 
     Raises TypeError for anything else, ValueError if there is no batch.

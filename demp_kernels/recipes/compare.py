@@ -48,6 +48,8 @@ class Comparison:
         for method in self.methods:
             if method not in METHODS:
                 raise RecipeError(f"methods must be of {', '.join(METHODS)}, got {method!r}")
+            if method in OUTSIDE:
+                need("torch_pruning", f"the method {method}")  # now rather than when hours of training are done
         if len(set(self.methods)) < len(self.methods):
             raise RecipeError(f"methods must be different ones, got {' '.join(self.methods)}")
         if self.seeds < 1:

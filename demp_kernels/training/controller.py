@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..arguments import require_integer, require_module
+from ..arguments import require_integer, require_module, require_not_negative
 from ..compaction import CompactionReport, compact, recycle
-from ..compaction.entry import require_share, width_step
+from ..compaction.entry import width_step
 from ..compaction.fold import Batches, as_batches
 from ..compaction.state_checks import entry
 from ..functional import weight_noise_
@@ -123,7 +123,8 @@ class DemP:
         self.round_to = round_to if round_to == "auto" else _at_least("round_to", round_to, 1, int)
         self.on_dead = _one_of("on_dead", on_dead, ("remove", "recycle", "report"))
         self.followers = followers
-        self.max_change = require_share("max_change", max_change)
+        require_not_negative("max_change", max_change)
+        self.max_change = max_change
         later = fold_batches is None or callable(fold_batches)
         self.fold_batches = fold_batches if later else as_batches(fold_batches, sum_counters)
         self.min_units = _at_least("min_units", min_units, 1, int)

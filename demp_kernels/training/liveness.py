@@ -69,20 +69,22 @@ def scan_dead(model: nn.Module, batches: Iterable[Any] | Callable[[], Iterable[A
 
 @torch.no_grad()
 def not_finite(model: nn.Module) -> tuple[str, ...]:
-    """Names of parameters and buffers that hold NaN or infinity. One pass over them and one synchronisation.
+    """Names of parameters and buffers that hold NaN or infinity. One pass over them, one synchronisation for each device and type.
 
     A NaN in an activation counts as active, so that such a unit is never taken for dead; what made it, or came of it, stays
     in the weights or in the running statistics, where this finds it.
     """
-    names, tensors = [], []
+    alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    names = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and tensor.numel():
+        if tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():
             names.append(name)
-            tensors.append(tensor)
-    if not tensors:
-        return ()
-    largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, float("inf"))])
-    return tuple(name for name, fine in zip(names, largest.isfinite().tolist()) if not fine)
+            alike.setdefault((tensor.device, tensor.dtype), {})[name] = tensor
+    fine: dict[str, bool] = {}
+    for tensors in alike.values():
+        largest = torch.stack(torch._foreach_norm(list(tensors.values()), float("inf")))
+        fine.update(zip(tensors, largest.isfinite().tolist()))
+    return tuple(name for name in names if not fine[name])
 
 
 class StepLiveness:

@@ -161,6 +161,16 @@ def bias_before(modules: dict[str, nn.Module], graph: UnitGraph, activation: str
     return modules[path].bias
 
 
+def silenced(module: nn.Module, out: Tensor, dead: Tensor) -> Tensor:
+    """The output of an activation with its dead units, (units,) bool, zero."""
+    dim = getattr(module, "channel_dim", 1)
+    if dead.numel() != out.shape[dim]:
+        return out  # the trial run on fake tensors of the planned widths
+    shape = [1] * out.dim()
+    shape[dim] = -1
+    return out * (~dead).to(out.dtype).view(shape)
+
+
 @torch.no_grad()
 def enforce(model: nn.Module, dead: dict[str, Tensor], units: Callable[[str], Tensor]) -> list:
     """Zero dead units by forward hooks (for networks in which no bias can kill). `units(name)` gives the original
@@ -170,13 +180,7 @@ def enforce(model: nn.Module, dead: dict[str, Tensor], units: Callable[[str], Te
         module = model.get_submodule(name)
 
         def hook(module: nn.Module, _: object, out: Tensor, name: str = name, mask: Tensor = mask) -> Tensor:
-            live = (~mask[units(name)]).to(out.dtype)
-            dim = getattr(module, "channel_dim", 1)
-            if live.numel() != out.shape[dim]:
-                return out  # the trial run on fake tensors of the planned widths
-            shape = [1] * out.dim()
-            shape[dim] = -1
-            return out * live.view(shape)
+            return silenced(module, out, mask[units(name)])
 
         handles.append(module.register_forward_hook(hook))
     return handles

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,13 +31,7 @@ COUNTING: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 SLOPES = {name: 0.1 if name == "leaky_relu" else 0.0 for name in PLAIN}
 
 
-@pytest.fixture(autouse=True, scope="module", params=["tiny", "op"])
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Everything twice: tiny inputs go to PyTorch's own ops and a count, and every size to the package's op."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "op":
-            patch.setattr(functional, "_TINY", -1)
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_or_op")
 
 
 @pytest.mark.parametrize("activation", PLAIN)

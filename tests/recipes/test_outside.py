@@ -49,3 +49,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(RecipeError, match="the method tp-magnitude needs torch-pruning.*: pip install torch-pruning$"):
         TorchPruning("tp-magnitude", 0.5)
+
+
+def test_a_missing_package_is_named_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    assert main([*SMALL, "--methods", "dense", "tp-group-lasso", "--out", str(tmp_path / "out")]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("demp compare: error: the method tp-group-lasso needs torch-pruning") and output.out == ""
+    assert not (tmp_path / "out").exists()

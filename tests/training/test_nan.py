@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import demp_kernels as dk
+from demp_kernels.training.liveness import not_finite
 
 BAD = [math.nan, math.inf]
 
@@ -77,3 +78,15 @@ def test_many_names_are_counted() -> None:
     demp.step()
     with pytest.warns(RuntimeWarning, match="NaN or infinity in 0.weight, 0.bias, 1.weight and 3 more"):
         demp.step()
+
+
+def test_types_are_looked_at_each_for_itself() -> None:
+    """The largest of float64 is finite, though no float32 is; what has no dense values is left out."""
+    model = nn.Module()
+    for name, tensor in {
+        "w": torch.full((3,), 1e300, dtype=torch.float64), "h": torch.tensor([65504.0], dtype=torch.float16),
+        "broken": torch.tensor([0.0, -math.inf], dtype=torch.bfloat16), "empty": torch.empty(0), "count": torch.tensor(7),
+        "sparse": torch.eye(3).to_sparse(), "later": torch.empty(2, device="meta"), "plain": torch.ones(2),
+    }.items():
+        model.register_buffer(name, tensor)
+    assert not_finite(model) == ("broken",)
