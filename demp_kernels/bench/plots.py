@@ -99,10 +99,10 @@ def over_sizes(rows: Sequence[Row], path: Path) -> bool:
 
 
 def over_threads(rows: Sequence[Row], path: Path) -> bool:
-    """Speedup over one thread of those cases that were measured with several thread counts."""
+    """Speedup over one thread of the float32 cases beyond the last cache that were measured with several thread counts."""
     by_case: dict[str, list[Group]] = {}
     for group in groups(rows):
-        if "demp" in group.rows and "copy" in group.rows:
+        if {"demp", "copy"} <= group.rows.keys() and group.case.dtype == "float32" and _large(group):
             by_case.setdefault(_label(group), []).append(group)
     by_case = {label: sorted(found, key=lambda g: g.case.threads) for label, found in by_case.items()}
     by_case = {label: found for label, found in by_case.items() if len(found) > 1 and found[0].case.threads == 1}

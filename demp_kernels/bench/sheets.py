@@ -130,19 +130,31 @@ def losses(rows: Iterable[Row]) -> list[str]:
 
 
 def program_sheets(rows: Iterable[Row]) -> list[Sheet]:
-    """Training steps and compactions, where there are rows of them: a line each, with p20-p80 behind the median."""
-    sheets = []
+    """Training steps (a column each) and compactions (a line each), where there are rows of them; p20-p80 behind the median."""
     rows = list(rows)
-    for op, names in (("step", STEP_NAMES | OWN_NAMES), ("compaction", COMPACTION_NAMES)):
-        cases = [group for group in groups(rows) if group.case.op == op]
-        if cases:
-            shown = {name: title for name, title in names.items() if any(name in group.rows for group in cases)}
-            lines = [
-                (title, *(_with_spread(group.rows.get(name)) for group in cases)) for name, title in shown.items()
-            ]
-            titles = [f"{group.case.function} {group.case.shape}" + ("" if group.quiet else " ~") for group in cases]
-            sheets.append(Sheet(f"{op}, ms", ("", *titles), lines))
+    sheets = []
+    steps = [group for group in groups(rows) if group.case.op == "step"]
+    if steps:
+        shown = _shown(STEP_NAMES | OWN_NAMES, steps)
+        lines = [(title, *(_with_spread(group.rows.get(name)) for group in steps)) for name, title in shown.items()]
+        sheets.append(Sheet("step, ms", ("", *(_program_title(group) for group in steps)), lines))
+    removals = [group for group in groups(rows) if group.case.op == "compaction"]
+    if removals:
+        shown = _shown(COMPACTION_NAMES, removals)
+        lines = [
+            (_program_title(group), str(group.case.threads), *(_with_spread(group.rows.get(name)) for name in shown))
+            for group in removals
+        ]
+        sheets.append(Sheet("compaction, ms", ("half of the units removed", "threads", *shown.values()), lines))
     return sheets
+
+
+def _shown(names: dict[str, str], cases: list[Group]) -> dict[str, str]:
+    return {name: title for name, title in names.items() if any(name in group.rows for group in cases)}
+
+
+def _program_title(group: Group) -> str:
+    return f"{group.case.function} {group.case.shape}" + ("" if group.quiet else " ~")
 
 
 def _with_spread(row: Row | None) -> str:
