@@ -20,13 +20,15 @@ from .machine import machine_facts, prepare_machine, versions
 from .methods import Demon, Dense, Method
 from .outside import OUTSIDE, TorchPruning
 from .rivals import RIVALS, Rival
-from .settings import TrainSettings
+from .settings import PRESETS, TrainSettings
 
 __all__ = ["METHODS", "Comparison", "Run", "compare", "table_rows"]
 
-METHODS = ("dense", "demp", *RIVALS, *OUTSIDE)
+DEMP = ("demp", "demp-fast")
+"""The open loop of a peak penalty, and the closed loop of a budget: `--preset fast`."""
+METHODS = ("dense", *DEMP, *RIVALS, *OUTSIDE)
 OURS = ("dense", "demp", *RIVALS)
-"""Compared by default; the others need packages of their own."""
+"""Compared by default."""
 SETTINGS_FILE = "comparison.json"
 
 
@@ -34,13 +36,15 @@ SETTINGS_FILE = "comparison.json"
 class Comparison:
     """What is compared.
 
-    methods: of `METHODS`. seeds: runs of each, with seeds 0, 1, ... peak_penalties: a DemP run for each.
-    sparsities: parameter sparsities of the rivals; empty: each DemP run's own, so that they are matched seed by seed.
+    methods: of `METHODS`. seeds: runs of each, with seeds 0, 1, ... peak_penalties: a "demp" run for each. target_flops: a
+    "demp-fast" run for each, the share of the operations that it steers to; empty: the preset's. sparsities: parameter
+    sparsities of the rivals; empty: each DemP run's own, so that they are matched seed by seed.
     """
 
     methods: tuple[str, ...] = OURS
     seeds: int = 3
     peak_penalties: tuple[float, ...] = ()
+    target_flops: tuple[float, ...] = ()
     sparsities: tuple[float, ...] = ()
 
     def check(self) -> None:
@@ -57,10 +61,11 @@ class Comparison:
         for penalty in self.peak_penalties:
             if not penalty > 0:
                 raise RecipeError(f"peak-penalty must be above 0, got {penalty}")
-        for sparsity in self.sparsities:
-            if not 0 < sparsity < 1:
-                raise RecipeError(f"sparsity must be between 0 and 1, got {sparsity}")
-        if not self.sparsities and "demp" not in self.methods and set(self.methods) - {"dense"}:
+        for name, shares in (("target-flops", self.target_flops), ("sparsity", self.sparsities)):
+            for share in shares:
+                if not 0 < share < 1:
+                    raise RecipeError(f"{name} must be between 0 and 1, got {share}")
+        if not self.sparsities and not set(DEMP) & set(self.methods) and set(self.methods) - {"dense"}:
             raise RecipeError("sparsity is required where demp, whose sparsity the others would match, is not compared")
 
 
@@ -68,7 +73,8 @@ class Comparison:
 class Run:
     """One finished run of the comparison.
 
-    level: "" (dense), "penalty 0.03" (DemP's peak; for a rival, that of the DemP run it matches) or "sparsity 0.9".
+    level: "" (dense), "penalty 0.03", "flops 0.2" (DemP's peak and budget; for a rival, those of the DemP run it matches) or
+        "sparsity 0.9".
     sparsity, neuron_sparsity: shares of the dense network's parameters and units that are gone.
     inference_ms: median of a batch of up to 128 test images, without gradients, of the finished plain network.
     """
@@ -153,18 +159,15 @@ def _plan(
     settings: TrainSettings, comparison: Comparison, runs: list[Run]
 ) -> Iterator[tuple[Method, str, TrainSettings]]:
     """The runs in order. DemP goes first in each seed: the others match the sparsity it reached, found in `runs`."""
-    penalties = comparison.peak_penalties or (settings.peak_penalty,)
     for seed in range(comparison.seeds):
         seeded = replace(settings, seed=seed)
         if "dense" in comparison.methods:
             yield Dense(), "", seeded
         targets = {f"sparsity {sparsity:g}": sparsity for sparsity in comparison.sparsities}
-        if "demp" in comparison.methods:
-            for penalty in penalties:
-                level = f"penalty {penalty:g}"
-                yield Demon(), level, replace(seeded, peak_penalty=penalty)
-                if not comparison.sparsities:
-                    targets[level] = runs[-1].sparsity
+        for name, level, changes in _demp_runs(settings, comparison):
+            yield Demon(name), level, replace(seeded, **changes)
+            if not comparison.sparsities:
+                targets[level] = runs[-1].sparsity
         for level, sparsity in targets.items():
             for name in comparison.methods:
                 if name in RIVALS:
@@ -173,11 +176,23 @@ def _plan(
                     yield TorchPruning(name, sparsity), level, seeded
 
 
+def _demp_runs(settings: TrainSettings, comparison: Comparison) -> list[tuple[str, str, dict[str, Any]]]:
+    """(method, level, what it changes in the settings) of DemP's runs with one seed."""
+    runs: list[tuple[str, str, dict[str, Any]]] = []
+    if "demp" in comparison.methods:
+        for penalty in comparison.peak_penalties or (settings.peak_penalty,):
+            runs.append(("demp", f"penalty {penalty:g}", {"peak_penalty": penalty}))
+    if "demp-fast" in comparison.methods:
+        fast = PRESETS["fast"]
+        for share in comparison.target_flops or (fast["target_flops"],):
+            runs.append(("demp-fast", f"flops {share:g}", {**fast, "target_flops": share}))
+    return runs
+
+
 def _count(settings: TrainSettings, comparison: Comparison) -> int:
-    penalties = len(comparison.peak_penalties) or 1
-    own = ("dense" in comparison.methods) + ("demp" in comparison.methods) * penalties
-    rivals = sum(name not in ("dense", "demp") for name in comparison.methods)
-    return comparison.seeds * (own + rivals * (len(comparison.sparsities) or penalties))
+    demp = len(_demp_runs(settings, comparison))
+    rivals = sum(name not in ("dense", *DEMP) for name in comparison.methods)
+    return comparison.seeds * (("dense" in comparison.methods) + demp + rivals * (len(comparison.sparsities) or demp))
 
 
 def _run(method: Method, level: str, settings: TrainSettings, watchers: list[Watcher]) -> Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .compare import METHODS, Comparison, compare
+from .compare import METHODS, OURS, Comparison, compare
 from .train_command import add_flags, settings_from
 
 __all__ = ["add_parser"]
@@ -12,7 +12,7 @@ __all__ = ["add_parser"]
 DESCRIPTION = """\
 Trains the same network with DemP, without pruning and with other structured pruning methods, for several seeds, and
 compares accuracy, sparsity and time. Finished runs are kept in --out: started again after a stop, it goes on from there.
-Without --sparsity the rivals prune to the parameter sparsity that DemP reached with the same seed."""
+Without --sparsity the rivals prune to the parameter sparsity that each DemP run with the same seed reached."""
 
 REPLACED = (
     "--peak-penalty", "--target-flops", "--target-sparsity", "--steer-until", "--push-rate", "--seed", "--no-baseline", "--tensorboard", "--save-every", "--resume",
@@ -26,10 +26,16 @@ def add_parser(commands: Any) -> None:
         argument_default=argparse.SUPPRESS,
     )
     group = parser.add_argument_group("what is compared")
-    group.add_argument("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} (default: all but Torch-Pruning's tp-...)")
+    group.add_argument("--methods", nargs="+", metavar="NAME", help=(
+        f"of {', '.join(METHODS)} (default: {' '.join(OURS)}); demp-fast is DemP with --preset fast, tp-...: Torch-Pruning's"
+    ))
     group.add_argument("--seeds", type=int, metavar="N", help="runs of each method, with seeds 0 to N-1 (default: 3)")
     group.add_argument(
         "--peak-penalty", type=float, nargs="+", metavar="X", help="a DemP run for each (default: that of the recipe)"
+    )
+    group.add_argument(
+        "--target-flops", type=float, nargs="+", metavar="X",
+        help="a demp-fast run for each: share of the operations that it steers to (default: that of --preset fast)",
     )
     group.add_argument("--sparsity", type=float, nargs="+", metavar="X", help="parameter sparsities of the rivals")
     add_flags(parser, without=REPLACED)
@@ -38,10 +44,14 @@ def add_parser(commands: Any) -> None:
 
 def _run(chosen: argparse.Namespace) -> None:
     given = vars(chosen)
-    names = {"methods": "methods", "seeds": "seeds", "peak_penalty": "peak_penalties", "sparsity": "sparsities"}
+    names = {
+        "methods": "methods", "seeds": "seeds", "peak_penalty": "peak_penalties", "target_flops": "target_flops",
+        "sparsity": "sparsities",
+    }
     choices = {
         name: tuple(given[flag]) if isinstance(given[flag], list) else given[flag]
         for flag, name in names.items() if flag in given
     }
-    given.pop("peak_penalty", None)
+    for flag in ("peak_penalty", "target_flops"):
+        given.pop(flag, None)
     compare(settings_from(chosen), Comparison(**choices))

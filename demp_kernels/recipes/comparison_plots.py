@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compare import Run
+from .compare import DEMP, Run
 from .plots import COLOURS, TITLES, drawing
 
 __all__ = ["accuracy_against", "live_units"]
@@ -19,7 +19,7 @@ def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, lab
             axes.errorbar(
                 [_shown(row[what], what) for row in own], [100 * row["accuracy"] for row in own],
                 yerr=[100 * row["accuracy_std"] for row in own], color=COLOURS[method], label=TITLES[method], marker="o",
-                markersize=6 if method == "demp" else 4.5, capsize=3, zorder=3 if method == "demp" else 2,
+                markersize=6 if method in DEMP else 4.5, capsize=3, zorder=3 if method in DEMP else 2,
             )
             single = [run for run in runs if run.method == method]
             axes.scatter(

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from .compare import COLUMNS, Run, table_rows
+from .compare import COLUMNS, DEMP, Run, table_rows
 from .comparison_plots import accuracy_against, live_units
 from .flops import in_units
 from .page import page
@@ -34,7 +34,7 @@ def write(out: Path, settings: TrainSettings, runs: list[Run], facts: dict[str, 
     rows = table_rows(runs)
     _write_csv(out / "table.csv", COLUMNS, rows)
     _write_csv(out / "runs.csv", RUN_COLUMNS, [{name: getattr(run, name) for name in RUN_COLUMNS} for run in runs])
-    first = [run for run in runs if run.seed == runs[0].seed and run.level in ("", _some_level(runs))]
+    first = _first_of_each(runs)
     (out / "table.md").write_text(_markdown(settings, rows, facts))
     figures = [
         ("Accuracy against parameter sparsity", accuracy_against(rows, runs, "sparsity", "parameters gone, %")),
@@ -46,7 +46,7 @@ def write(out: Path, settings: TrainSettings, runs: list[Run], facts: dict[str, 
         (out / name).write_text(svg)
     wide = [
         (f"Live units of every layer: {TITLES[run.method]}, {run.level}, seed {run.seed}", layers_over_time(run.result))
-        for run in first if run.method == "demp"
+        for run in first if run.method in DEMP
     ]
     (out / "comparison.html").write_text(page(
         title=f"{settings.model} on {settings.data}: pruning methods compared",
@@ -83,17 +83,21 @@ def terminal_table(runs: list[Run]) -> Table:
         table.add_column(HEAD[number], justify="left" if number < 2 else "right", no_wrap=True)
     for row in table_rows(runs):
         texts = _texts(row)
-        table.add_row(*(texts[number] for number in SHORT), style="bold" if row["method"] == "demp" else None)
+        table.add_row(*(texts[number] for number in SHORT), style="bold" if row["method"] in DEMP else None)
     return table
 
 
-def _some_level(runs: list[Run]) -> str:
-    return next((run.level for run in runs if run.level), "")
+def _first_of_each(runs: list[Run]) -> list[Run]:
+    """Of each method the first run: same seed, and the first of several levels."""
+    found: dict[str, Run] = {}
+    for run in runs:
+        found.setdefault(run.method, run)
+    return list(found.values())
 
 
 def _cards(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What a reader takes away of DemP's most accurate level."""
-    demp = max((row for row in rows if row["method"] == "demp"), key=lambda row: row["accuracy"], default=None)
+    demp = max((row for row in rows if row["method"] in DEMP), key=lambda row: row["accuracy"], default=None)
     dense = next((row for row in rows if row["method"] == "dense"), None)
     if demp is None:
         return []

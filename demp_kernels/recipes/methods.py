@@ -79,10 +79,13 @@ class Dense:
 
 
 class Demon:
-    """DemP: penalty on the scales, noise on live weights, dead units removed on the way."""
+    """DemP: penalty on the scales, noise on live weights, dead units removed on the way. The settings say how hard, and
+    whether a budget steers it."""
 
-    name = "demp"
     controller: DemP | None = None
+
+    def __init__(self, name: str = "demp") -> None:
+        self.name = name
 
     def prepare(self, model: nn.Module, example: Tensor) -> nn.Module:
         return prepare(model, example)

@@ -14,12 +14,12 @@ __all__ = [
 ]
 
 TITLES = {
-    "dense": "dense", "demp": "DemP", "snap": "SNAP", "cropit": "CroP-it", "early-snap": "EarlySNAP",
+    "dense": "dense", "demp": "DemP", "demp-fast": "DemP, budget", "snap": "SNAP", "cropit": "CroP-it", "early-snap": "EarlySNAP",
     "early-crop": "EarlyCroP", "l1": "L1 norm", "random": "random",
     "tp-magnitude": "Torch-Pruning, magnitude", "tp-group-lasso": "Torch-Pruning, group lasso",
 }
 COLOURS = {
-    "dense": "#7b8494", "demp": "#0f7b6c", "snap": "#c8553d", "cropit": "#3f6fb5", "early-snap": "#e0a43a",
+    "dense": "#7b8494", "demp": "#0f7b6c", "demp-fast": "#5bb39f", "snap": "#c8553d", "cropit": "#3f6fb5", "early-snap": "#e0a43a",
     "early-crop": "#8d5fb0", "l1": "#b23a6f", "random": "#b8a07e", "tp-magnitude": "#4a9db5", "tp-group-lasso": "#5b7553",
 }
 ACCENT = "#c8553d"
