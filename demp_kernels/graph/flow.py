@@ -33,12 +33,14 @@ class Link:
     """Entry `target[i]` of a step's slot is made from entry `source[i]` of slot `slot`; None: entry i from entry i.
 
     A closed flow has slices for runs of entries: all of densenet121's 597 links with indices are runs, and a pass over
-    slices takes a third of the time of one over indices.
+    slices takes a third of the time of one over indices. same_classes: a run whose two sides are entries of the same
+    classes, so that both lose the same ones, whatever goes.
     """
 
     slot: int
     source: np.ndarray | slice | None = None
     target: np.ndarray | slice | None = None
+    same_classes: bool = False
 
     def narrow(self) -> None:
         """Use slices if both sides are runs."""
@@ -113,6 +115,9 @@ class Flow:
         for step in self.steps:
             for link in step.links:
                 link.narrow()
+                if isinstance(link.source, slice):
+                    left, right = self.atoms(link.slot)[link.source], self.atoms(step.slot)[link.target]
+                    link.same_classes = np.array_equal(left, right)
 
     def _drop(self, dropped: set[int]) -> None:
         """Empty some slots whose entries are all pinned. What they are made from is needed where it is not zero, and
@@ -216,11 +221,14 @@ class Flow:
         """Drop the entries of the atoms that are not kept."""
         entries = kept[self.atom_of]
         place = np.concatenate([[0], np.cumsum(entries)])  # of each entry among those that stay
-        spans = [slot.span for slot in self.slots]
-        for step in self.steps:
-            for link in step.links:
-                if link.source is not None:
-                    _shrink(link, spans[link.slot], spans[step.slot], entries, place)
+        linked = [
+            (link, self.slots[link.slot], self.slots[step.slot])
+            for step in self.steps for link in step.links if link.source is not None
+        ]
+        _shrink_runs([pair for pair in linked if pair[0].same_classes], place)
+        for link, source, target in linked:
+            if not link.same_classes:
+                _shrink(link, source.span, target.span, entries, place)
         offsets = place[[slot.start for slot in self.slots] + [entries.size]].tolist()
         self.slots = [Slot(a, b - a) for a, b in zip(offsets[:-1], offsets[1:])]
         self.atom_of, self.contracted, self.rigid = (a[entries] for a in (self.atom_of, self.contracted, self.rigid))
@@ -259,19 +267,24 @@ def _scatter(link: Link, out: np.ndarray, source: np.ndarray, may: np.ndarray) -
         source &= may
 
 
+def _shrink_runs(linked: list[tuple[Link, Slot, Slot]], place: np.ndarray) -> None:
+    """Runs of the same classes on both sides stay such runs: new ends, found for all links in one go."""
+    ends = [(_ends(link.source, source), _ends(link.target, target)) for link, source, target in linked]
+    moved = place[np.array(ends, np.int64).reshape(-1, 2, 3)]
+    for (link, _, _), (source, target) in zip(linked, (moved[..., 1:] - moved[..., :1]).tolist()):
+        link.source, link.target = slice(*source), slice(*target)
+
+
+def _ends(run: np.ndarray | slice | None, slot: Slot) -> tuple[int, int, int]:
+    """First entry of the slot, first and last of the run in it, among all entries."""
+    assert isinstance(run, slice)
+    return slot.start, slot.start + run.start, slot.start + run.stop
+
+
 def _shrink(link: Link, source: slice, target: slice, entries: np.ndarray, place: np.ndarray) -> None:
     """The pairs of a link of which both entries stay. source, target: the slots' spans."""
-    left, right = entries[source][link.source], entries[target][link.target]
-    if isinstance(link.source, slice) and isinstance(link.target, slice) and (left == right).all():
-        link.source, link.target = _moved(link.source, source.start, place), _moved(link.target, target.start, place)
-        return
-    both = left & right
+    both = entries[source][link.source] & entries[target][link.target]
     first, second = (np.arange(s.stop - s.start)[i][both] for s, i in ((source, link.source), (target, link.target)))
     link.source = place[source.start + first] - place[source.start]
     link.target = place[target.start + second] - place[target.start]
     link.narrow()
-
-
-def _moved(run: slice, start: int, place: np.ndarray) -> slice:
-    first, *ends = (int(place[start + i]) for i in (0, run.start, run.stop))
-    return slice(ends[0] - first, ends[1] - first)

@@ -185,7 +185,7 @@ def _demp_runs(settings: TrainSettings, comparison: Comparison) -> list[tuple[st
     if "demp-fast" in comparison.methods:
         fast = PRESETS["fast"]
         for share in comparison.target_flops or (fast["target_flops"],):
-            runs.append(("demp-fast", f"flops {share:g}", {**fast, "target_flops": share}))
+            runs.append(("demp-fast", f"flops {share:g}", {**fast, "target_flops": share, "steer_until": settings.steer_until}))
     return runs
 
 
