@@ -99,31 +99,31 @@ def over_sizes(rows: Sequence[Row], path: Path) -> bool:
 
 
 def over_threads(rows: Sequence[Row], path: Path) -> bool:
-    """Speedup over one thread of the float32 cases beyond the last cache that were measured with several thread counts."""
-    by_case: dict[str, list[Group]] = {}
+    """Speedup over one thread of the float32 cases beyond the last cache that one run measured with several thread counts."""
+    by_case: dict[tuple[str, str], list[Group]] = {}
     for group in groups(rows):
         if {"demp", "copy"} <= group.rows.keys() and group.case.dtype == "float32" and _large(group):
-            by_case.setdefault(_label(group), []).append(group)
-    by_case = {label: sorted(found, key=lambda g: g.case.threads) for label, found in by_case.items()}
-    by_case = {label: found for label, found in by_case.items() if len(found) > 1 and found[0].case.threads == 1}
-    if not by_case:
+            by_case.setdefault((_label(group), group.case.date), []).append(group)
+    several = [sorted(found, key=lambda g: g.case.threads) for found in by_case.values() if len(found) > 1]
+    cases = [found for found in several if found[0].case.threads == 1]
+    if not cases:
         return False
-    with _figure(path, 11, 3.6 * ((len(by_case) + 2) // 3)) as figure:
-        grid = figure.subplots((len(by_case) + 2) // 3, min(len(by_case), 3), squeeze=False).ravel()
-        for axes, (label, found) in zip(grid, by_case.items()):
+    with _figure(path, 11, 3.6 * ((len(cases) + 2) // 3)) as figure:
+        grid = figure.subplots((len(cases) + 2) // 3, min(len(cases), 3), squeeze=False).ravel()
+        for axes, found in zip(grid, cases):
             counts = [g.case.threads for g in found]
             axes.plot(counts, counts, color="#d9dee5", linewidth=1.4, linestyle="--")
             for name in COLOURS:
                 if all(name in g.rows for g in found):
                     axes.plot(counts, [found[0].rows[name].median_ms / g.rows[name].median_ms for g in found], color=COLOURS[name], marker="o", markersize=4)
-            axes.set_title(label, fontsize=9, loc="left")
+            axes.set_title(_label(found[0]), fontsize=9, loc="left")
             axes.set_xticks(counts)
             axes.set_ylim(bottom=0)
             axes.set_xlabel("threads (dashed: ideal)")
             axes.set_ylabel("speedup over one thread")
-        for axes in grid[len(by_case):]:
+        for axes in grid[len(cases):]:
             axes.set_visible(False)
-        drawn = [name for name in COLOURS if any(all(name in g.rows for g in found) for found in by_case.values())]
+        drawn = [name for name in COLOURS if any(all(name in g.rows for g in found) for found in cases)]
         _legend(figure, drawn)
     return True
 

@@ -75,7 +75,8 @@ class Run:
 
     level: "" (dense), "penalty 0.03", "flops 0.2" (DemP's peak and budget; for a rival, those of the DemP run it matches) or
         "sparsity 0.9".
-    sparsity, neuron_sparsity: shares of the dense network's parameters and units that are gone.
+    sparsity, neuron_sparsity: shares of the dense network's parameters and units that are gone; None where a method does not
+        tell its units.
     inference_ms: median of a batch of up to 128 test images, without gradients, of the finished plain network.
     """
 
@@ -84,7 +85,7 @@ class Run:
     seed: int
     accuracy: float
     sparsity: float
-    neuron_sparsity: float
+    neuron_sparsity: float | None
     train_flops: int
     train_seconds: float
     inference_ms: float
@@ -201,10 +202,11 @@ def _run(method: Method, level: str, settings: TrainSettings, watchers: list[Wat
     dense = training.result.params if method.name == "dense" else _dense_parameters(settings)
     result = training.run()
     live, total = sum(result.live.values()), sum(result.total.values())
+    untold = 0.0 if method.name == "dense" else None
     model = training.model if method.name == "dense" else finalize(training.model)
     images = next(iter(data.test))[0][:128].contiguous(memory_format=training.layout)
     return Run(
-        method.name, level, settings.seed, result.accuracy, 1 - result.params / dense, 1 - live / total if total else 0.0,
+        method.name, level, settings.seed, result.accuracy, 1 - result.params / dense, 1 - live / total if total else untold,
         result.train_flops, result.train_seconds, 1e3 * _inference_seconds(model, images), result,
     )
 
@@ -257,7 +259,8 @@ COLUMNS = (
     "speedup", "inference_ms",
 )
 """Columns of table.csv: means over the seeds; accuracy_std: sample standard deviation (0 for one run); speedup: mean over
-the seeds of dense train_seconds / train_seconds, empty without a dense run of that seed."""
+the seeds of dense train_seconds / train_seconds, empty without a dense run of that seed; neuron_sparsity: empty where a method
+does not tell its units."""
 
 
 def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
@@ -270,11 +273,13 @@ def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
     for (method, level), group in groups.items():
         accuracy = [run.accuracy for run in group]
         speedups = [dense[run.seed] / run.train_seconds for run in group if run.seed in dense]
+        gone = [run.neuron_sparsity for run in group if run.neuron_sparsity is not None]
         rows.append({
             "method": method, "level": level, "runs": len(group), "accuracy": mean(accuracy),
             "accuracy_std": stdev(accuracy) if len(accuracy) > 1 else 0.0,
             **{name: mean(getattr(run, name) for run in group)
-               for name in ("sparsity", "neuron_sparsity", "train_flops", "train_seconds", "inference_ms")},
+               for name in ("sparsity", "train_flops", "train_seconds", "inference_ms")},
+            "neuron_sparsity": mean(gone) if gone else None,
             "speedup": mean(speedups) if speedups else None,
         })
     return rows

@@ -9,26 +9,32 @@ from .plots import COLOURS, TITLES, drawing
 __all__ = ["accuracy_against", "live_units"]
 
 
+DODGE = 0.5
+"""Points of sparsity that methods are drawn apart, since most have the same."""
+
+
 def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, label: str) -> str:
     """Test accuracy of each method against `what`, a column of the table: mean over the seeds, with bars of one standard
     deviation; methods with several levels as a line, every single run as a faint point."""
-    with drawing(5.6, 3.8) as (figure, svg):
+    with drawing(5.6, 4.6) as (figure, svg):
         axes = figure.subplots()
-        for method in dict.fromkeys(row["method"] for row in rows):
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        for number, method in enumerate(methods):
+            aside = DODGE * (number - (len(methods) - 1) / 2) if what == "sparsity" and method != "dense" else 0.0
             own = sorted((row for row in rows if row["method"] == method), key=lambda row: row[what])
             axes.errorbar(
-                [_shown(row[what], what) for row in own], [100 * row["accuracy"] for row in own],
+                [_shown(row[what], what) + aside for row in own], [100 * row["accuracy"] for row in own],
                 yerr=[100 * row["accuracy_std"] for row in own], color=COLOURS[method], label=TITLES[method], marker="o",
-                markersize=6 if method in DEMP else 4.5, capsize=3, zorder=3 if method in DEMP else 2,
+                markersize=6 if method in DEMP else 4.5, elinewidth=1.2, capsize=2, zorder=3 if method in DEMP else 2,
             )
             single = [run for run in runs if run.method == method]
             axes.scatter(
-                [_shown(getattr(run, what), what) for run in single], [100 * run.accuracy for run in single], s=9,
+                [_shown(getattr(run, what), what) + aside for run in single], [100 * run.accuracy for run in single], s=9,
                 color=COLOURS[method], alpha=0.35, linewidths=0,
             )
         axes.set_xlabel(label)
         axes.set_ylabel("test accuracy, %")
-        axes.legend(fontsize=9, ncols=2)
+        figure.legend(loc="outside lower center", fontsize=9, ncols=3)
     return svg()
 
 

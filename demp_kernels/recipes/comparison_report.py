@@ -112,7 +112,7 @@ def _texts(row: dict[str, Any]) -> list[str]:
     spread = f" ± {100 * row['accuracy_std']:.2f}" if row["runs"] > 1 else ""
     return [
         TITLES[row["method"]], row["level"], str(row["runs"]), f"{100 * row['accuracy']:.2f}{spread}",
-        f"{row['sparsity']:.1%}", f"{row['neuron_sparsity']:.1%}", in_units(row["train_flops"]),
+        f"{row['sparsity']:.1%}", "" if row["neuron_sparsity"] is None else f"{row['neuron_sparsity']:.1%}", in_units(row["train_flops"]),
         f"{row['train_seconds']:.1f}", f"{row['speedup']:.2f}x" if row["speedup"] else "", f"{row['inference_ms']:.3g}",
     ]
 
