@@ -1,12 +1,13 @@
 """What public functions ask of the kind of an argument. Every error says the argument, what is required and what it got."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["require_integer", "require_module", "require_not_negative", "require_number", "require_tensor"]
+__all__ = ["at_least", "one_of", "require_integer", "require_module", "require_not_negative", "require_number", "require_tensor"]
 
 
 def require_module(name: str, value: Any) -> None:
@@ -43,6 +44,24 @@ def require_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit into 64 bits, got {value}")
+
+
+def at_least(name: str, value: Any, least: float, kind: type = float) -> Any:
+    """`value`. Raises TypeError unless it is a number (kind int: an integer), ValueError unless it is >= least and finite."""
+    number = isinstance(value, int) if kind is int else isinstance(value, (int, float))
+    if not number or isinstance(value, bool):
+        wanted = "an integer" if kind is int else "a number"
+        raise TypeError(f"{name} must be {wanted} >= {least}, got {value!r}")
+    if not least <= value < float("inf"):
+        raise ValueError(f"{name} must be >= {least} and finite, got {value}")
+    return value
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    """`value`. Raises ValueError unless it is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
 
 
 def _kind(value: Any) -> str:

@@ -88,6 +88,7 @@ BAD = [
     ("train --peak-noise inf", "peak-noise must be at least 0 and finite, got inf"),
     ("train --round-to 0", "round-to must be at least 1, got 0"),
     ("train --round-to auto", "argument --round-to: invalid int value: 'auto'"),
+    ("train --policy never", "argument --policy: invalid choice: 'never'"),
     ("train --threads x", "argument --threads: invalid int value: 'x'"),
     ("train --amp int8", "argument --amp: invalid choice: 'int8'"),
     ("train --save-every 0", "save-every must be at least 1, got 0"),

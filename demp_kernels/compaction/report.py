@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["CompactionReport", "Folded"]
+__all__ = ["CompactionReport", "Folded", "Payoff"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,35 @@ class Folded:
 
 
 @dataclass(frozen=True)
+class Payoff:
+    """What a removal of dead units would save and cost, all in seconds; see `training.policy`.
+
+    step: after which it was weighed. step_seconds: of a step as it is, 0 before one was measured; saved: of it, by smaller
+    widths. steps_left: until the end of the run. cost: of the removal, and of the step behind it where that is slow.
+    """
+
+    step: int
+    step_seconds: float
+    saved: float
+    steps_left: int
+    cost: float
+
+    @property
+    def saving(self) -> float:
+        return self.saved * self.steps_left
+
+    @property
+    def pays(self) -> bool:
+        return self.saving > self.cost
+
+    def __str__(self) -> str:
+        return (
+            f"removal after step {self.step} {'pays' if self.pays else 'does not pay'}: {self.saved * 1e3:.3g} of "
+            f"{self.step_seconds * 1e3:.3g} ms a step saved in {self.steps_left} steps, {self.saving:.3g} s, for {self.cost:.3g} s"
+        )
+
+
+@dataclass(frozen=True)
 class CompactionReport:
     """What a compaction did. `str()` gives a table for a terminal.
 
@@ -34,7 +63,9 @@ class CompactionReport:
     seconds: for everything; without the analysis if the graph was given. plan_seconds, commit_seconds: of it, what came
         before the first change, and the change itself.
     folded: layer -> how it makes up for removed inputs that were not zero; with `fold_batches` only.
-    found, recycled: activation name -> dead units found, and given a new start, where DemP's `on_dead` is not "remove".
+    found, recycled: activation name -> dead units found, and given a new start, where DemP's `on_dead` is not "remove",
+        or the removal did not pay.
+    payoff: what DemP's policy "when_it_pays" has weighed; None with another one, and where there was nothing to weigh.
     """
 
     live_units: dict[str, int]
@@ -51,6 +82,7 @@ class CompactionReport:
     recycled: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     folded: dict[str, Folded] = field(default_factory=dict)
+    payoff: Payoff | None = None
 
     @property
     def estimated_change(self) -> dict[str, float]:
@@ -76,7 +108,7 @@ class CompactionReport:
             head = f"found {sum(self.found.values())} dead units, left as they are; {live} of {total} units left"
         else:
             head = f"nothing to remove: {live} of {total} units left"
-        lines = [head]
+        lines = [head] if self.payoff is None else [head, f"  {self.payoff}"]
         lines += [
             f"  {name}: {self.live_units[name]} of {self.total_units[name]} (-{count})"
             for name, count in self.removed.items()

@@ -59,6 +59,8 @@ class RunResult:
     rows: list[dict[str, Any]] = field(default_factory=list)
     units: list[tuple[int, dict[str, int]]] = field(default_factory=list)
     """(step, live units of each activation), the first entry at step 0, then after every removal."""
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """What policy when_it_pays has weighed: the fields of `Payoff`, and whether it paid."""
 
     @property
     def finished(self) -> bool:
@@ -108,17 +110,17 @@ class Training:
         try:
             self.model = method.prepare(model, example.contiguous(memory_format=self.layout))
             self._wrapped = self.ranks.wrapped(self.model)
+            self._step_model = torch.compile(self._wrapped, dynamic=False) if settings.compile else self._wrapped
             self.optimizer = build_optimizer(settings, self.model.parameters())
             self.schedule = build_schedule(settings, self.optimizer, total_steps)
             plan = Plan(settings, total_steps, steps_per_epoch, self._scan_batches, self._labelled_batches)
-            method.attach(self._wrapped, self.optimizer, plan)
+            method.attach(self._step_model, self.optimizer, plan)
         except (PrepareError, CompactionError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(f"{settings.model} cannot be trained with {method.name}: {reason}") from error
         self.result.setup_seconds = time.perf_counter() - began
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
-        self._step_model = torch.compile(self._wrapped, dynamic=False) if settings.compile else self._wrapped
         self._measure_model()
 
     # --- running ---
@@ -268,6 +270,8 @@ class Training:
         result.seconds_per_step_last = median(seconds[-edge:])
         if accuracy is not None:
             result.accuracy = accuracy
+        if self.method.controller is not None:
+            result.decisions = [{**asdict(d), "pays": d.pays} for d in self.method.controller.report().decisions]
         row = {
             "run": result.name, "step": result.steps, "epoch": -(-result.steps // len(self.data.train)),
             "seconds": result.train_seconds, "seconds_per_step": median(seconds[-steps:]), "loss": loss,

@@ -101,6 +101,7 @@ class Demon:
             ramp_steps=max(1, int(settings.ramp * plan.total_steps)),
             prune_every=settings.prune_every or _prune_every(settings, plan.steps_per_epoch),
             criterion=settings.criterion,
+            policy=settings.policy,
             scan_batches=plan.scan_batches if settings.criterion == "scan" else None,
             penalty_on=settings.penalty_on or _penalised(model),
             round_to=settings.round_to,

@@ -27,7 +27,8 @@ def summary(
 
     accuracy is a share of 1; train_seconds leave evaluation out and include DemP's preparation and removals;
     seconds_per_step_* are medians over the first and the last epoch (or tenth of the run, if that is shorter);
-    speedup is dense train_seconds / demp train_seconds. A run that was not made is null.
+    speedup is dense train_seconds / demp train_seconds; decisions are those of --policy when_it_pays. A run that was not
+    made is null.
     """
     by_name = {run.name: run for run in runs}
     dense, demp = by_name.get("dense"), by_name.get("demp")
@@ -57,7 +58,7 @@ def _run_summary(run: RunResult | None) -> dict[str, Any] | None:
         return None
     names = (
         "accuracy", "train_seconds", "seconds_per_step_first", "seconds_per_step_last", "params", "flops",
-        "setup_seconds", "steps", "total_steps",
+        "setup_seconds", "steps", "total_steps", "decisions",
     )
     return {name: getattr(run, name) for name in names}
 

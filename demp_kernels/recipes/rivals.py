@@ -30,6 +30,7 @@ from ..compaction import compact
 from ..graph import UnitGraph, prepare, remembered_inputs
 from ..modules import DemPActivation
 from ..training.budget import lowest_units
+from ..training.distributed import unwrap
 from .methods import Plan
 
 __all__ = ["RIVALS", "Rival", "crop_scores", "l1_scores", "random_scores", "snap_scores"]
@@ -146,8 +147,8 @@ class Rival:
         return prepare(model, example)
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-        self._model, self._optimizer, self._plan = model, optimizer, plan
-        self._graph = UnitGraph.trace(model, remembered_inputs(model))
+        self._model, self._optimizer, self._plan = unwrap(model), optimizer, plan
+        self._graph = UnitGraph.trace(self._model, remembered_inputs(self._model))
         self._total = dict(self._graph.units)
         self._initial = [p.detach().clone() for p in model.parameters()] if self.when == "settled" else []
         self._at_first = sum(p.numel() for p in model.parameters())

@@ -11,6 +11,7 @@ import torch
 
 from ..training import Steering
 from ..training.penalty import PENALTY_TARGETS
+from ..training.policy import POLICIES
 from .data import DATA
 from .errors import RecipeError
 from .ranks import announced, current_ranks
@@ -57,6 +58,7 @@ class TrainSettings:
     ramp: float = 0.87
     prune_every: int | None = None
     criterion: str = "window"
+    policy: str = "always"
     penalty_on: str | None = None
     target_flops: float | None = None
     target_sparsity: float | None = None
@@ -123,7 +125,8 @@ class TrainSettings:
             raise RecipeError(f"lr-drops must be epochs of at least 1, got {' '.join(map(str, self.lr_drops))}")
         if (self.lr_schedule == "steps") != bool(self.lr_drops):
             raise RecipeError(f"lr-drops go with lr-schedule steps, got {self.lr_schedule} and {list(self.lr_drops)}")
-        for name, allowed in (("criterion", CRITERIA), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES)):
+        choices = (("criterion", CRITERIA), ("policy", POLICIES), ("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise RecipeError(f"{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.penalty_on is not None and self.penalty_on not in PENALTY_TARGETS:

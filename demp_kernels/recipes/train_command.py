@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.penalty import PENALTY_TARGETS
+from ..training.policy import POLICIES
 from .data import DATA
 from .models import MODELS
 from .ranks import joined
@@ -77,6 +78,10 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
         "--criterion": {"choices": CRITERIA, "help":
             "a unit is dead that was never active in the training steps since the last look (window, the default) or "
             "in 1,536 training images (scan)"},
+        "--policy": {"choices": POLICIES, "help":
+            "remove what is dead at every look (always, the default), or where the time that it is estimated to save in the steps "
+            "left exceeds what it takes, and after the last step (when_it_pays); times are measured, so a run then need not "
+            "repeat itself bit for bit"},
         "--round-to": {"type": int, "help": "keep dead units so that widths are multiples of N (default: 8, see below)"},
         "--no-baseline": {"dest": "baseline", "action": "store_false", "help": "skip the dense run"},
     }),

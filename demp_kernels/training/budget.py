@@ -22,12 +22,14 @@ def parameter_cost(model: nn.Module) -> Cost:
     return lambda shapes: sum(torch.Size(shapes.get(id(p), p.shape)).numel() for p in model.parameters())
 
 
-def flops_cost(model: nn.Module, example_inputs: tuple[Any, ...]) -> Cost:
+def flops_cost(model: nn.Module, example_inputs: tuple[Any, ...], block: int = 1) -> Cost:
     """Multiply-adds of convolutions and linear layers in one forward: every weight entry is used once at each position of
     the output (of the input, for a transposed convolution). One forward of zeros, in evaluation mode, finds the positions,
     which do not depend on the widths.
 
     example_inputs: positional arguments of the forward; meta tensors will do.
+    block: count widths rounded up to a multiple of it, since kernels that work on so many channels at once take the time of
+        them. The inputs of each group of a grouped convolution stay as they are: those kernels go over the groups.
     """
     positions: dict[nn.Module, int] = {}
 
@@ -50,7 +52,10 @@ def flops_cost(model: nn.Module, example_inputs: tuple[Any, ...]) -> Cost:
         total = 0
         for layer, places in positions.items():
             weight = layer.get_parameter("weight")
-            total += torch.Size(shapes.get(id(weight), weight.shape)).numel() * places
+            shape = list(shapes.get(id(weight), weight.shape))
+            for dim in (0, 1) if getattr(layer, "groups", 1) == 1 else (0,):
+                shape[dim] = -(-shape[dim] // block) * block
+            total += torch.Size(shape).numel() * places
         return total
 
     return cost

@@ -4,16 +4,18 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..arguments import require_integer, require_module, require_not_negative
+from ..arguments import at_least, one_of, require_integer, require_module, require_not_negative
 from ..compaction import CompactionReport, compact, recycle
 from ..compaction.entry import width_step
 from ..compaction.fold import Batches, as_batches
+from ..compaction.report import Payoff
 from ..compaction.state_checks import entry
 from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
@@ -28,9 +30,10 @@ from .distributed import (
     sum_counters,
     unwrap,
 )
-from .liveness import StepLiveness, activations_of, not_finite, scan_dead, window_dead
+from .liveness import StepLiveness, activations_of, check_counters, not_finite, scan_dead, window_dead
 from .penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
-from .report import DemPEvent, DemPReport, some_of
+from .policy import POLICIES, Weighing
+from .report import DemPEvent, DemPReport, check_history, some_of
 from .schedule import SCHEDULES
 from .steering import Steerer, Steering
 
@@ -76,6 +79,10 @@ class DemP:
         min_units: units that every layer keeps at least. The authors let a layer reach 0, which ends the network.
         on_dead: "remove"; "recycle": give dead units a new start instead (ReDo, see `compaction.recycle`), for training that
             goes on with other data; or "report": say how many there are and change nothing.
+        policy: "always" removes what is dead at every look. "when_it_pays": only if the time that smaller steps are estimated to
+            save until the end exceeds what the removal takes (see `training.policy`), except at the last look, which always
+            removes. Reports give the numbers (`payoff`, `decisions`). Times are measured, so that a run need not repeat
+            itself bit for bit, nor a resumed one go on so; with "always" both do.
         seed: of the weight noise; by default drawn from torch's generator.
         steering: a budget that units are pushed to meet, whatever the penalty does; see `Steering`.
 
@@ -110,27 +117,31 @@ class DemP:
         fold_batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
         max_change: float = float("inf"),
         on_dead: str = "remove",
+        policy: str = "always",
         seed: int | None = None,
         steering: Steering | None = None,
     ) -> None:
-        self.total_steps = _at_least("total_steps", total_steps, 1, int)
-        self.peak_penalty = _at_least("peak_penalty", peak_penalty, 0.0)
-        self.peak_noise = _at_least("peak_noise", peak_noise, 0.0)
-        self.prune_every = _at_least("prune_every", prune_every, 1, int)
-        self.prune_after = _at_least("prune_after", prune_after, 0, int)
+        self.total_steps = at_least("total_steps", total_steps, 1, int)
+        self.peak_penalty = at_least("peak_penalty", peak_penalty, 0.0)
+        self.peak_noise = at_least("peak_noise", peak_noise, 0.0)
+        self.prune_every = at_least("prune_every", prune_every, 1, int)
+        self.prune_after = at_least("prune_after", prune_after, 0, int)
         ramp = int(0.87 * total_steps) if ramp_steps is None else ramp_steps
-        self.ramp_steps = _at_least("ramp_steps", max(ramp, 1) if ramp_steps is None else ramp, 1, int)
-        self.round_to = round_to if round_to == "auto" else _at_least("round_to", round_to, 1, int)
-        self.on_dead = _one_of("on_dead", on_dead, ("remove", "recycle", "report"))
+        self.ramp_steps = at_least("ramp_steps", max(ramp, 1) if ramp_steps is None else ramp, 1, int)
+        self.round_to = round_to if round_to == "auto" else at_least("round_to", round_to, 1, int)
+        self.on_dead = one_of("on_dead", on_dead, ("remove", "recycle", "report"))
+        self.policy = one_of("policy", policy, POLICIES)
+        if policy != "always" and on_dead != "remove":
+            raise ValueError(f"policy={policy!r} requires on_dead='remove', got {on_dead!r}")
         self.followers = followers
         require_not_negative("max_change", max_change)
         self.max_change = max_change
         later = fold_batches is None or callable(fold_batches)
         self.fold_batches = fold_batches if later else as_batches(fold_batches, sum_counters)
-        self.min_units = _at_least("min_units", min_units, 1, int)
-        self.schedule = _one_of("schedule", schedule, SCHEDULES)
-        self.criterion = _one_of("criterion", criterion, ("window", "scan"))
-        self.penalty_norm = _one_of("penalty_norm", penalty_norm, PENALTY_NORMS)
+        self.min_units = at_least("min_units", min_units, 1, int)
+        self.schedule = one_of("schedule", schedule, SCHEDULES)
+        self.criterion = one_of("criterion", criterion, ("window", "scan"))
+        self.penalty_norm = one_of("penalty_norm", penalty_norm, PENALTY_NORMS)
         if criterion == "scan" and scan_batches is None:
             raise ValueError("criterion='scan' requires scan_batches, got None")
         self.scan_batches = scan_batches
@@ -158,6 +169,8 @@ class DemP:
         self._noise_seed = from_first_rank(drawn.to(device=device, dtype=torch.int64))
         self._liveness = StepLiveness(self._model)
         self._steerer = None if steering is None else self._steered(steering, inputs)
+        self._weighing = Weighing(self._wrapper, self._optimizers, self.graph, as_tuple(inputs)) if policy == "when_it_pays" else None
+        self._decisions: list[Payoff] = []
         self._history: list[DemPEvent] = []
         self._not_finite: tuple[str, ...] = ()
         self._steps_done = 0
@@ -190,10 +203,14 @@ class DemP:
         if self._steerer is not None:
             self._steerer.step(self._steps_done, None if loss is None else mean_over_ranks(loss))
         self._steps_done += 1
+        if self._weighing is not None:
+            self._weighing.pace.ends()
         at_end = self._steps_done == self.total_steps
-        if at_end or (self._steps_done % self.prune_every == 0 and self._steps_done >= self.prune_after):
-            return self._remove_dead()
-        return None
+        due = at_end or (self._steps_done % self.prune_every == 0 and self._steps_done >= self.prune_after)
+        report = self._remove_dead() if due else None
+        if self._weighing is not None:
+            self._weighing.pace.begins(report)
+        return report
 
     # --- what is going on ---
 
@@ -217,7 +234,8 @@ class DemP:
         return dict(self.graph.units)
 
     def report(self) -> DemPReport:
-        return DemPReport(self._steps_done, self.total_steps, self.live_units, self.total_units, list(self._history), self._not_finite)
+        return DemPReport(self._steps_done, self.total_steps, self.live_units, self.total_units, list(self._history), self._not_finite,
+                          list(self._decisions))
 
     # --- state ---
 
@@ -234,10 +252,8 @@ class DemP:
                 for name, m in activations_of(self._model).items()
                 if m.active is not None and m.seen is not None
             },
-            "history": [
-                {"step": e.step, "live_units": dict(e.live_units), "parameters": e.parameters, "seconds": e.seconds}
-                for e in self._history
-            ],
+            "history": [asdict(event) for event in self._history],
+            "decisions": [asdict(decision) for decision in self._decisions],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -256,9 +272,14 @@ class DemP:
         if self._steerer is not None and state.get("steering") is not None:
             self._steerer.load_state_dict(state["steering"])
         self._history = [DemPEvent(e["step"], e["live_units"], e["parameters"], e["seconds"]) for e in state["history"]]
+        self._decisions = [
+            Payoff(d["step"], d["step_seconds"], d["saved"], d["steps_left"], d["cost"]) for d in state.get("decisions", [])
+        ]
         # what the last saved step saw is part of the window already
         self._liveness.restart()
         self._liveness.take()
+        if self._weighing is not None:
+            self._weighing.pace.forget()
 
     def check_state_dict(self, state: dict[str, Any], units: dict[str, int]) -> None:
         """Raises ValueError if `state` cannot be loaded once the model has these `units`: it is no `state_dict()`, or one
@@ -275,18 +296,8 @@ class DemP:
             raise ValueError(f"noise_seed must be one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")
         if self._steerer is not None and state.get("steering") is not None:
             self._steerer.check_state_dict(state["steering"], units)
-        modules = activations_of(self._model)
-        for name, counts in entry(state, "counters", dict, where).items():
-            active, seen = (entry(counts, key, Tensor, f"DemP state of {name}") for key in ("active", "seen"))
-            if name not in modules or active.dim() != 1 or seen.dim() != 0 or {active.dtype, seen.dtype} != {torch.int64}:
-                raise ValueError(f"counters must be int64 tensors of activations of the model, got other ones for {name!r}")
-            if len(active) != units.get(name, len(active)):
-                raise ValueError(f"DemP state has {len(active)} units for {name}, the model {units[name]}")
-        for event in entry(state, "history", list, where):
-            for key, kind in (("step", int), ("live_units", dict), ("parameters", int), ("seconds", float)):
-                entry(event, key, kind, "an event of DemP's history")
-            if not 0 <= event["step"] <= done:
-                raise ValueError(f"an event of DemP's history must be of a step between 0 and {done}, got {event['step']}")
+        check_counters(entry(state, "counters", dict, where), self._model, units)
+        check_history(entry(state, "history", list, where), state.get("decisions", []), done)
 
     # --- the parts of a step ---
 
@@ -295,8 +306,10 @@ class DemP:
             raise TypeError(f"steering must be a Steering or None, got {type(steering).__name__}")
         if self.on_dead != "remove":
             raise ValueError(f"steering requires on_dead='remove', got {self.on_dead!r}")
-        round_to = width_step(self._model) if isinstance(self.round_to, str) else self.round_to
-        return Steerer(steering, self._model, self.graph, as_tuple(inputs), self.total_steps, round_to)
+        return Steerer(steering, self._model, self.graph, as_tuple(inputs), self.total_steps, self._width_step())
+
+    def _width_step(self) -> int:
+        return width_step(self._model) if isinstance(self.round_to, str) else self.round_to
 
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
@@ -317,32 +330,41 @@ class DemP:
             assert self.scan_batches is not None  # __init__ insists on it
             dead = every_rank(scan_dead(self._model, self.scan_batches))
         dead = {name: mask for name, mask in dead.items() if name in self.graph.units}
-        if self.on_dead == "remove":
+        payoff = self._payoff(dead)
+        start = time.perf_counter()
+        if self.on_dead == "remove" and (payoff is None or payoff.pays):
             report = compact(
-                self._model,
-                self._optimizers,
-                dead=dead,
-                round_to=self.round_to,
-                min_units=self.min_units,
-                graph=self.graph,
-                followers=self.followers,
-                fold_batches=self._batches_to_fold(dead),
-                max_change=self.max_change,
+                self._model, self._optimizers, dead=dead, round_to=self.round_to, min_units=self.min_units, graph=self.graph,
+                followers=self.followers, fold_batches=self._batches_to_fold(dead), max_change=self.max_change,
             )
         else:
             report = self._leave_widths(dead)
+        report = replace(report, payoff=payoff)
         for module in activations_of(self._model).values():
             module.reset_counts()
         self._liveness.restart()
         if report.changed:
             rebuild_wrapper(self._wrapper)
             forget_compiled(self._wrapper)
-            self._history.append(
-                DemPEvent(self._steps_done, self.live_units, report.params_after, report.seconds)
-            )
+        if self._weighing is not None and payoff is not None and payoff.pays:
+            self._weighing.removal_seconds = time.perf_counter() - start
+        if report.changed:
+            self._history.append(DemPEvent(self._steps_done, self.live_units, report.params_after, report.seconds))
             for callback in self.on_compaction:
                 callback(report)
         return report
+
+    def _payoff(self, dead: dict[str, Tensor]) -> Payoff | None:
+        """Whether removing what is dead pays; None if that is no question."""
+        left = self.total_steps - self._steps_done
+        if self._weighing is None or left <= 0:
+            return None
+        keep = self.graph.keep(dead, round_to=self._width_step(), min_units=self.min_units)
+        if keep.atoms.all():
+            return None
+        payoff = self._weighing.weigh(keep, self._steps_done, left)
+        self._decisions.append(payoff)
+        return payoff
 
     def _batches_to_fold(self, dead: dict[str, Tensor]) -> Batches | None:
         if self.fold_batches is None or not any(mask.any() for mask in dead.values()):
@@ -372,22 +394,6 @@ class DemP:
             self.live_units, self.total_units, {}, {}, parameters, parameters, 0, time.perf_counter() - start,
             found=found, recycled=recycled,
         )
-
-
-def _at_least(name: str, value: Any, least: float, kind: type = float) -> Any:
-    number = isinstance(value, int) if kind is int else isinstance(value, (int, float))
-    if not number or isinstance(value, bool):
-        wanted = "an integer" if kind is int else "a number"
-        raise TypeError(f"{name} must be {wanted} >= {least}, got {value!r}")
-    if not least <= value < float("inf"):
-        raise ValueError(f"{name} must be >= {least} and finite, got {value}")
-    return value
-
-
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    return value
 
 
 def _optimizers(optimizer: Any) -> list[Optimizer]:

@@ -4,6 +4,7 @@ Every function does nothing in a process that is not part of a group.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["any_rank", "every_rank", "forget_compiled", "from_first_rank", "mean_over_ranks", "rebuild_wrapper", "sum_counters", "unwrap"]
+__all__ = [
+    "any_rank", "every_rank", "forget_compiled", "from_first_rank", "is_compiled", "largest_over_ranks", "mean_over_ranks",
+    "rebuild_wrapper", "sum_counters", "unwrap",
+]
 
 
 def is_distributed() -> bool:
@@ -32,6 +36,15 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def largest_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each of some numbers over the ranks, the same on every rank to the last bit, in one collective."""
+    if not is_distributed():
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def any_rank(masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,14 +85,18 @@ def forget_compiled(model: nn.Module) -> None:
     (`torch._dynamo.config.recompile_limit`, 8), beyond which the compiler runs a model as it is and says so only in a log.
     Everything else that was compiled in this process is compiled again too.
     """
+    if is_compiled(model):
+        torch.compiler.reset()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether there is a wrapper of torch.compile around the model, or it was compiled by its own method."""
     inner = unwrap(model)
     while model is not inner:
         if hasattr(model, "_orig_mod"):
-            torch.compiler.reset()
-            return
+            return True
         model = model.get_submodule("module")
-    if inner._compiled_call_impl is not None:  # module.compile()
-        torch.compiler.reset()
+    return inner._compiled_call_impl is not None
 
 
 def rebuild_wrapper(model: nn.Module) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compaction.state_checks import entry
 from ..modules import DemPActivation
 
-__all__ = ["StepLiveness", "activations_of", "not_finite", "scan_dead", "window_dead"]
+__all__ = ["StepLiveness", "activations_of", "check_counters", "not_finite", "scan_dead", "window_dead"]
 
 
 def activations_of(model: nn.Module) -> dict[str, DemPActivation]:
@@ -85,6 +86,17 @@ def not_finite(model: nn.Module) -> tuple[str, ...]:
         largest = torch.stack(torch._foreach_norm(list(tensors.values()), float("inf")))
         fine.update(zip(tensors, largest.isfinite().tolist()))
     return tuple(name for name in names if not fine[name])
+
+
+def check_counters(counters: dict[str, Any], model: nn.Module, units: dict[str, int]) -> None:
+    """Raises ValueError unless `counters`, from a file, fit the model once it has these `units`."""
+    modules = activations_of(model)
+    for name, counts in counters.items():
+        active, seen = (entry(counts, key, Tensor, f"DemP state of {name}") for key in ("active", "seen"))
+        if name not in modules or active.dim() != 1 or seen.dim() != 0 or {active.dtype, seen.dtype} != {torch.int64}:
+            raise ValueError(f"counters must be int64 tensors of activations of the model, got other ones for {name!r}")
+        if len(active) != units.get(name, len(active)):
+            raise ValueError(f"DemP state has {len(active)} units for {name}, the model {units[name]}")
 
 
 class StepLiveness:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import resource
 import signal
@@ -19,6 +20,7 @@ from demp_kernels.cli import main
 from demp_kernels.recipes import loop
 from demp_kernels.recipes.data import load_data
 from demp_kernels.selfcheck.kills import AIMS, survive_kills
+from demp_kernels.training import policy
 from demp_kernels.training.checkpoint_file import read_file
 
 RUN: tuple[object, ...] = (
@@ -73,6 +75,28 @@ def test_an_interrupt_between_any_steps(whole: Path, tmp_path: Path, monkeypatch
     assert train(tmp_path, "--resume") == 0
     assert len(taken) == 60  # no step twice
     assert_same_end(tmp_path, whole)
+
+
+def test_a_run_that_weighs_its_removals_is_resumed_with_its_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, taken = loop.Training._step, []
+
+    def interrupted(self: Any, *batch: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 18:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *batch)
+
+    monkeypatch.setattr(loop.Training, "_step", interrupted)
+    monkeypatch.setattr(policy, "TENSOR_SECONDS", 1e6)  # nothing pays
+    flags = ("--policy", "when_it_pays", "--prune-every", 4, "--no-baseline", "--lr", 0.1, "--peak-penalty", 1, "--round-to", 1)
+    assert train(tmp_path, *RUN, *flags) == 130
+    stopped = json.loads((tmp_path / "summary.json").read_text())["demp"]["decisions"]
+    assert train(tmp_path, "--resume") == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    decisions = summary["demp"]["decisions"]
+    assert stopped and decisions[: len(stopped)] == stopped and len(decisions) > len(stopped)
+    assert not any(d["pays"] for d in decisions) and {d["step"] % 4 for d in decisions} == {0}
+    assert summary["live_units"] < summary["total_units"], "the last look removes"
 
 
 def test_a_finished_run_stays_as_it_is(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
