@@ -1,14 +1,13 @@
 """`demp bench compaction`: removing half of the units, known to be dead, beside a warm copy of everything that is kept.
 
-What is kept are weights, both Adam moments and buffers. Torch-Pruning, where it is installed, removes half of the channels of
-the same network; it leaves the optimiser as it is.
+What is kept are weights, both Adam moments and buffers. Torch-Pruning and torch-kirigami, where they are installed, remove half
+of the channels of the same network; they leave the optimiser as it is.
 """
 from __future__ import annotations
 
 import copy
 import gc
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from ..compaction import CompactionError, compact
 from ..graph import PrepareError, UnitGraph, prepare
 from ..recipes.errors import RecipeError, need
 from .machine import Machine, OthersMeter
+from .peers import peers_of
 from .rows import Row, row_of
 from .timing import Timing
 
@@ -30,6 +30,8 @@ MODELS = (
 SIDE = {"vit_b_16": 224}
 """Side of the example images where it is not 64."""
 ROUNDS = 5
+SLOW = 5.0
+"""Seconds."""
 
 
 @dataclass
@@ -69,7 +71,8 @@ class Subject:
 
 
 def compaction_rows(name: str, machine: Machine, *, rounds: int = ROUNDS) -> list[Row]:
-    """Rows of one torchvision model: copy_into (of what is kept), plan, commit, demp (both), torch_pruning if installed.
+    """Rows of one torchvision model: copy_into (of what is kept), plan, commit, demp (both), and the peers
+    that are installed; one that takes longer than `SLOW` is timed once.
 
     Raises RecipeError if the model cannot be had or compacted.
     """
@@ -90,7 +93,7 @@ def compaction_rows(name: str, machine: Machine, *, rounds: int = ROUNDS) -> lis
     parameters = sum(p.numel() for p in trial.model.parameters())
     del trial
     source, target = torch.ones(kept, dtype=torch.uint8), torch.zeros(kept, dtype=torch.uint8)
-    peer = _torch_pruning(build, images)
+    peers = peers_of(build, images)
     samples: dict[str, list[float]] = {"copy_into": [], "plan": [], "commit": []}
     meter = OthersMeter()
     for _ in range(rounds):
@@ -102,8 +105,10 @@ def compaction_rows(name: str, machine: Machine, *, rounds: int = ROUNDS) -> lis
         planned, committed = subject.compact()
         samples["plan"].append(planned)
         samples["commit"].append(committed)
-        if peer is not None:
-            samples.setdefault("torch_pruning", []).append(peer())
+        for peer, run in peers.items():
+            times = samples.setdefault(peer, [])
+            if not times or times[0] < SLOW:
+                times.append(run())
     samples["demp"] = [sum(pair) for pair in zip(samples["plan"], samples["commit"])]
     others = meter.share(torch.get_num_threads())
     return [
@@ -120,33 +125,6 @@ def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _torch_pruning(build: Callable[[], nn.Module], images: Tensor) -> Callable[[], float] | None:
-    """Seconds of its graph, grouping and removal for half of the channels, or None where it is not there or refuses."""
-    try:
-        import torch_pruning
-    except ImportError:
-        return None
-
-    def run() -> float:
-        model = build().eval()
-        heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1000]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            start = time.perf_counter()
-            pruner = torch_pruning.pruner.BasePruner(
-                model, images, importance=torch_pruning.importance.MagnitudeImportance(p=1), pruning_ratio=0.5,
-                ignored_layers=heads,
-            )
-            pruner.step()
-            return time.perf_counter() - start
-
-    try:
-        run()
-    except Exception:  # whatever it fails on: its column stays empty for this model
-        return None
-    return run
 
 
 def known(names: Sequence[str]) -> list[str]:

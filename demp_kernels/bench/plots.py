@@ -11,6 +11,7 @@ from typing import Any
 
 from ..recipes.errors import need
 from ..recipes.plots import STYLE
+from .peers import PEERS
 from .rows import Group, Row, groups, latest
 from .sheets import COMPACTION_NAMES, STEP_NAMES
 
@@ -167,8 +168,10 @@ def compaction(rows: Sequence[Row], path: Path) -> bool:
             plan, commit = group.ratio("plan", "copy_into") or 0.0, group.ratio("commit", "copy_into") or 0.0
             axes.barh(y, plan, 0.6, color=COLOURS["demp_unfused"], label=COMPACTION_NAMES["plan"] if y == 0 else None)
             axes.barh(y, commit, 0.6, left=plan, color=COLOURS["demp"], label=COMPACTION_NAMES["commit"] if y == 0 else None)
-            peer = group.ratio("torch_pruning", "copy_into")
-            text = f"copy {group.time('copy_into'):.1f} ms" + (f", Torch-Pruning {peer:.0f}x" if peer else "")
+            text = f"copy {group.time('copy_into'):.1f} ms"
+            for peer in PEERS:
+                if ratio := group.ratio(peer, "copy_into"):
+                    text += f", {COMPACTION_NAMES[peer]} {ratio:.0f}x"
             axes.annotate(text, (plan + commit, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
         axes.axvline(1, color=COLOURS["copy"], linewidth=1.4)
         axes.set_yticks(range(len(cases)), [group.case.function for group in cases])

@@ -27,6 +27,7 @@ OWN_NAMES = {
 }
 COMPACTION_NAMES = {
     "copy_into": "warm copy of what is kept", "plan": "plan", "commit": "commit", "demp": "all", "torch_pruning": "Torch-Pruning",
+    "torch_kirigami": "torch-kirigami",
 }
 LEGEND = (
     "ms: of one call; copy: GB/s of an allocated copy in the same turns; of copy: share of its GB/s; vs: how many times faster "

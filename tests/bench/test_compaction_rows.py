@@ -1,11 +1,14 @@
 """`demp bench compaction`, as small as it gets."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
-from demp_kernels.bench import compaction
+from demp_kernels.bench import compaction, peers
+from demp_kernels.bench.peers import PEERS, peers_of
 from demp_kernels.bench.rows import Group
 from demp_kernels.recipes.errors import RecipeError
 
@@ -44,3 +47,26 @@ def test_unknown_model_is_refused() -> None:
     assert compaction.known(["resnet18"]) == ["resnet18"]
     with pytest.raises(RecipeError, match="got 'resnet17'"):
         compaction.known(["resnet18", "resnet17"])
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+def test_a_peer_removes_half_of_the_channels(name: str) -> None:
+    pytest.importorskip(name)
+    torchvision = pytest.importorskip("torchvision")
+    models = []
+
+    def build() -> nn.Module:
+        models.append(torchvision.models.resnet18(weights=None))
+        return models[-1]
+
+    seconds = peers_of(build, torch.randn(2, 3, 64, 64))[name]()
+    assert seconds > 0
+    assert [module.out_channels for module in models[-1].modules() if isinstance(module, nn.Conv2d)][:2] == [32, 32]
+
+
+def test_a_peer_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> Callable[[], float]:
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr(peers, "PEERS", {"one": fails, "other": lambda *_: lambda: 1.0})
+    assert list(peers.peers_of(nn.Identity, torch.ones(1))) == ["other"]
