@@ -163,9 +163,14 @@ def _batches(jobs: Iterable[_Job], limit: int) -> Iterator[list[_Job]]:
 def _arguments(jobs: Sequence[_Job]) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     return (
         [job.tensor.detach() for job in jobs],
-        [job.cut.index.get(0) for job in jobs],
-        [job.cut.index.get(1) for job in jobs],
+        [_beside(job.tensor, job.cut.index.get(0)) for job in jobs],
+        [_beside(job.tensor, job.cut.index.get(1)) for job in jobs],
     )
+
+
+def _beside(tensor: Tensor, index: Tensor | None) -> Tensor | None:
+    """A cut's index on the device of what is cut: optimiser state may lie elsewhere than its parameter (offloaded moments)."""
+    return None if index is None else index.to(tensor.device)
 
 
 def _exchange(batch: Sequence[_Job]) -> int:
@@ -230,11 +235,12 @@ def gather(jobs: Sequence[tuple[Tensor, Cut]]) -> list[Tensor]:
     for number, (tensor, cut) in enumerate(jobs):
         tensor = tensor.detach()
         if cut.blocks is not None:
-            pieces += [_Piece(number, tensor, rows, columns) for rows, columns in cut.blocks]
+            pieces += [_Piece(number, tensor, _beside(tensor, rows), _beside(tensor, columns)) for rows, columns in cut.blocks]
         elif max(cut.index) <= 1:
-            pieces.append(_Piece(number, tensor, cut.index.get(0), cut.index.get(1)))
+            rows, columns = (_beside(tensor, cut.index.get(dim)) for dim in (0, 1))
+            pieces.append(_Piece(number, tensor, rows, columns))
         else:
-            pieces.append(_further_back(number, tensor, cut.index))
+            pieces.append(_further_back(number, tensor, {dim: index.to(tensor.device) for dim, index in cut.index.items()}))
     parts: list[list[Tensor]] = [[] for _ in jobs]
     for device in {piece.source.device for piece in pieces}:
         here = [piece for piece in pieces if piece.source.device == device]

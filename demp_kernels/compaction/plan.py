@@ -103,7 +103,7 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
             plan.cuts.append(Cut(name, tensor, index))
     _add_blocks(plan, modules, graph, indices)
     plan.cuts = list({id(cut.tensor): cut for cut in plan.cuts}.values())  # tied parameters have several names
-    plan.selections = _selections(modules, graph, keep, next(model.parameters()).device)
+    plan.selections = _selections(model, modules, graph, keep)
     for path, attribute, atoms in graph.attributes:
         count = graph.count(atoms, keep.atoms)
         if count != len(atoms):
@@ -174,13 +174,18 @@ def _tensor(modules: dict[str, nn.Module], name: str) -> Tensor | None:
 
 
 def _selections(
-    modules: dict[str, nn.Module], graph: UnitGraph, keep: Keep, device: torch.device
+    model: nn.Module, modules: dict[str, nn.Module], graph: UnitGraph, keep: Keep
 ) -> list[SelectionChange]:
     changes = []
     for selection in graph.selections:
         module = modules[selection.name]
         assert isinstance(module, SelectiveAdd)
-        on = module.channels.device if module.channels is not None else device
+        before = module.index if module.channels is None else module.channels
+        if before is not None and before.is_meta:
+            raise CompactionError(f"{selection.name} must know which channels it has, but its buffers are on the meta device")
+        on = selection.device_in(model) if before is None else before.device
+        if on.type == "meta":
+            on = torch.device("cpu")  # which channels are left would be lost
         out, skip = (keep.atoms[graph.flow.atoms(slot)] for slot in (selection.out, selection.skip))
         if not (out.all() and skip.all()):
             changes.append(SelectionChange(selection.name, module, *(torch.from_numpy(m).to(on) for m in (out, skip))))

@@ -154,7 +154,7 @@ def addition(b: Builder, node: fx.Node) -> Value:
         return NotImplemented if one is None else b.same(one) if number == 0 else b.affine(one)
     path, module = b.owner(node)
     if hasattr(module, "set_selection") and module.index is None and b.calls(path) == 1:
-        second = _selected(b, path, module, first, second)
+        second = _selected(b, node, module, first, second)
     return combine(b, node, [first, second], "sum")
 
 
@@ -262,14 +262,14 @@ def _link(v: Value, out: tuple[int, ...]) -> Link:
 # --- residual additions with a selection -----------------------------------------------------------------------------
 
 
-def _selected(b: Builder, path: str, module: nn.Module, first: Value, skip: Value) -> Value:
+def _selected(b: Builder, node: fx.Node, module: nn.Module, first: Value, skip: Value) -> Value:
     """The skip of a SelectiveAdd, with units of its own: its channels need not be those of the sum."""
     dim = module.channel_dim % len(skip.shape)
     if first.shape != skip.shape or any(set(v.unit_dims) - {dim} for v in (first, skip)):
         return skip
     skip = b.full_axis(skip, dim)
     everything = np.arange(skip.shape[dim])
-    return _select(b, path, skip, skip.shape, dim, everything, everything)
+    return _select(b, node, skip, skip.shape, dim, everything, everything)
 
 
 def channel_selection(b: Builder, node: fx.Node) -> Value:
@@ -280,14 +280,15 @@ def channel_selection(b: Builder, node: fx.Node) -> Value:
     dim = module.channel_dim % len(x.shape)
     index = module.index.cpu().numpy()
     present = np.nonzero(index >= 0)[0]
-    return _select(b, path, b.full_axis(x, dim), output_shape(node), dim, index[present], present)
+    return _select(b, node, b.full_axis(x, dim), output_shape(node), dim, index[present], present)
 
 
 def _select(
-    b: Builder, path: str, skip: Value, shape: tuple[int, ...], dim: int, source: np.ndarray, target: np.ndarray
+    b: Builder, node: fx.Node, skip: Value, shape: tuple[int, ...], dim: int, source: np.ndarray, target: np.ndarray
 ) -> Value:
     atoms = along(b.atoms.fresh(shape[dim]), dim, len(shape))
     out = b.derive(shape, atoms, "sum", [Link(skip.slot, source, target)])
+    path = b.owner(node)[0]
     if path not in (selection.name for selection in b.selections):
-        b.selections.append(Selection(path, skip.slot, out.slot))
+        b.selections.append(Selection(path, skip.slot, out.slot, node.meta["val"].device))
     return out

@@ -21,12 +21,12 @@ class Widths:
     """Shapes, attributes and selections that a model is to have.
 
     shapes: id of a parameter or buffer -> its shape. attributes: (module, name, value). selections: SelectiveAdd ->
-    channels of its output and of its skip; None: plain addition.
+    channels of its output and of its skip (None: plain addition), and the device they are on.
     """
 
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
-    selections: list[tuple[nn.Module, tuple[int, int] | None]] = field(default_factory=list)
+    selections: list[tuple[nn.Module, tuple[int, int] | None, torch.device]] = field(default_factory=list)
 
 
 @contextmanager
@@ -49,10 +49,9 @@ def with_widths(model: nn.Module, widths: Widths, mode: FakeTensorMode) -> Itera
                         if id(tensor) not in fakes:
                             fakes[id(tensor)] = _without_data(tensor, widths.shapes.get(id(tensor), tensor.shape))
                         exchange(members, key, fakes[id(tensor)])
-            for module, selection in widths.selections:
+            for module, selection, device in widths.selections:
                 index = inverse = None
                 if selection is not None:
-                    device = next(iter(fakes.values())).device
                     index, inverse = (torch.empty(n, dtype=torch.int64, device=device) for n in selection)
                 exchange(module._buffers, "index", index)
                 exchange(module._buffers, "inverse", inverse)

@@ -304,7 +304,8 @@ class UnitGraph:
             widths.attributes.append((modules[path], attribute, self.count(atoms, kept)))
         for selection in self.selections:
             index, channels = self.selection_index(selection, kept)
-            widths.selections.append((modules[selection.name], None if index is None else (index.size, channels)))
+            sizes = None if index is None else (index.size, channels)
+            widths.selections.append((modules[selection.name], sizes, selection.device_in(model)))
         return widths
 
     def count(self, atoms: np.ndarray, kept: np.ndarray) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import nn
 
 __all__ = ["Activation", "Balance", "Floor", "Parameter", "ParameterAxis", "Reader", "Selection", "Value", "along"]
 
@@ -78,11 +80,18 @@ class Reader:
 
 @dataclass
 class Selection:
-    """A SelectiveAdd: `skip` is the slot of its second operand, `out` that of the selected one."""
+    """A SelectiveAdd: `skip` is the slot of its second operand, `out` that of the selected one. `device`: of the operands, at
+    the analysis."""
 
     name: str
     skip: int
     out: int
+    device: torch.device
+
+    def device_in(self, model: nn.Module) -> torch.device:
+        """Where the operands are now: a model on one device may have moved since."""
+        devices = [p.device for p in model.parameters()]
+        return self.device if self.device in devices or not devices else devices[0]
 
 
 @dataclass
