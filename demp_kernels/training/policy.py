@@ -3,9 +3,10 @@
     s (1 - f'/f) n  >  c + w
 
 s: seconds of a step now, the median of the last ones. f, f': multiply-adds of convolutions and linear layers at the widths
-now and at those to be, every width rounded up to the block that the device's kernels work in (`width_step`): time rises in
-steps of it, and the units short of the next step save nothing. The whole step is taken to scale with f, which is too much
-where it waits for data or for the launch of small kernels. With `fold_batches` some of the units may stay all the same.
+now and at those to be, every width rounded up to the block that the device's kernels work in (`width_step`): time jumps at
+multiples of it. Units short of the next one count as nothing, which is so in NCHW and too little in channels_last. The
+whole step is taken to scale with f, which is too much where it waits for data or for the launch of small kernels. With
+`fold_batches` some of the units may stay all the same.
 n: steps that are left.
 c: seconds of the removal, as the last one took; before the first `TENSOR_SECONDS` a tensor and `BYTE_SECONDS` a byte.
 w: by how much the first step at new widths is slower than others, as measured behind earlier removals; before the first
@@ -39,11 +40,11 @@ RECENT = 50
 """Steps over which the median is taken."""
 TENSOR_SECONDS = 1e-4
 BYTE_SECONDS = 2.5e-10
-"""Before a removal was measured. On two cores they give two to seven times what resnet18, vgg16_bn, mobilenet_v2, densenet121
-and vit_b_16 with AdamW take for half of their units (`demp bench compaction`)."""
+"""Before a removal was measured. On two cores they give three to nine times what resnet18, vgg16_bn, mobilenet_v2,
+densenet121 and vit_b_16 with AdamW take for half of their units (`demp bench compaction`)."""
 COMPILE_SECONDS = 30.0
-"""Before a compilation was measured: Inductor takes from some seconds (a small perceptron) to minutes. A run whose guess is wrong
-loses no more than so much, or one compilation."""
+"""Before a compilation was measured: Inductor takes from some seconds to minutes. A run whose guess is wrong loses no
+more than so much, or one compilation."""
 
 
 class Pace:
