@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops.compact import compact as compact_op
 from ..ops.compact import compact_ as compact_in_place_op
 from ..reference import memory_format
+from ..strided import avoid_broken_kernel
 from .optimizer import StateCut
 from .plan import Cut, Plan
 
@@ -204,7 +205,7 @@ def _front(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _finish(plan: Plan) -> None:
-    """Constants of removed units, selections, attributes and counters."""
+    """Constants of removed units, selections, attributes, counters, and kernels that the widths rule out."""
     for shift in plan.shifts:
         shift.tensor.add_(shift.by.to(shift.tensor.dtype))
     for change in plan.selections:
@@ -216,6 +217,8 @@ def _finish(plan: Plan) -> None:
             module.active = module.seen = None
         else:
             module.select_units(kept)
+    for module in plan.modules:
+        avoid_broken_kernel(module)
 
 
 @dataclass

@@ -70,6 +70,10 @@ def compact(
     Raises:
         CompactionError: the model or the optimiser cannot be shrunk; nothing was changed.
         ValueError, TypeError: wrong arguments.
+
+    In a model that changes, a strided 1x1 nn.Conv2d of fewer than 16 inputs becomes a `SubsampledConv2d`, the same object,
+    function and `state_dict` keys: its weight gradient in channels_last on the CPU is broken (oneDNN#6035). On the CPU
+    removals also leave such layers the inputs that they need; a subclass and a functional call have only that.
     """
     start = time.perf_counter()
     model, optimizers = _checked(model), as_optimizers(optimizer)

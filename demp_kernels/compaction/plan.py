@@ -67,6 +67,8 @@ class Plan:
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
     counters: list[tuple[DemPActivation, Tensor | None]] = field(default_factory=list)
     """Kept units of each counting activation; None: its calls keep different units, so the counters start anew."""
+    modules: list[nn.Module] = field(default_factory=list)
+    """All modules of the models: what does not shrink can be too narrow for a kernel all the same."""
 
     def add(self, other: Plan) -> None:
         """Make the changes of another plan too; what both share changes once."""
@@ -77,6 +79,7 @@ class Plan:
         self.shifts += [s for s in other.shifts if id(s.tensor) not in shifted]
         self.selections += other.selections
         self.attributes += other.attributes
+        self.modules += other.modules
 
 
 def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
@@ -109,6 +112,7 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
         if count != len(atoms):
             plan.attributes.append((modules[path], attribute, count))
     plan.counters = _counters(modules, graph, keep)
+    plan.modules = list(modules.values())
     return plan
 
 

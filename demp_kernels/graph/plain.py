@@ -12,6 +12,7 @@ from torch import fx, nn
 from ..arguments import require_module
 from ..modules import DemPActivation, DemPGELU, DemPLeakyReLU, DemPReLU, DemPSiLU, SelectiveAdd
 from ..norm_modules import DemPBatchNormAct2d
+from ..strided import SubsampledConv2d
 from .capture import materialise
 from .fusion import unfuse_norms
 from .rewrite import EXAMPLE_INPUTS, free_name, node_shape, propagate_shapes, remembered_inputs, set_submodule
@@ -24,8 +25,9 @@ def finalize(model: nn.Module) -> nn.Module:
     """A copy of `model` made of plain PyTorch modules: for torch.save, torch.export, ONNX, deployment.
 
     Counting activations become nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU; additions become plain additions, or an
-    index_select of the skip's channels and an addition where the skip carries other channels. Same `state_dict` keys,
-    but for one index buffer (`<name>_index`) an addition that selects. The copy shares nothing with `model`.
+    index_select of the skip's channels and an addition where the skip carries other channels; a `SubsampledConv2d` becomes
+    an fx.GraphModule of a pooling and a convolution, which can go on training as well. Same `state_dict` keys, but for one
+    index buffer (`<name>_index`) an addition that selects. The copy shares nothing with `model`.
     """
     require_module("finalize: model", model)
     plain = copy.deepcopy(model)
@@ -42,10 +44,11 @@ def finalize(model: nn.Module) -> nn.Module:
     for name, module in list(plain.named_modules(remove_duplicate=False)):
         if isinstance(module, DemPBatchNormAct2d):
             raise TypeError(f"finalize: {name} is a DemPBatchNormAct2d outside a prepared model, or called more than once")
-        if isinstance(module, DemPActivation):
+        if isinstance(module, (DemPActivation, SubsampledConv2d)):
+            twin = fx.symbolic_trace(module) if isinstance(module, SubsampledConv2d) else plain_twin(module)
             if not name:
-                return plain_twin(module)
-            set_submodule(plain, name, plain_twin(module))
+                return twin
+            set_submodule(plain, name, twin)
         elif isinstance(module, SelectiveAdd):
             raise TypeError(f"finalize: {name} is a SelectiveAdd outside a prepared model; it has no plain counterpart")
     if isinstance(plain, fx.GraphModule):

@@ -74,7 +74,9 @@ def new_units(
 
 def _keep_for_onednn(b: Builder, node: fx.Node, weight: Parameter, channels: np.ndarray) -> None:
     # uxlfoundation/oneDNN#6035: with fewer input channels than a SIMD block the weight gradient of a strided 1x1
-    # convolution in channels_last writes past its workspace: it hangs, crashes or is wrong (torch 2.13, 2.14).
+    # convolution in channels_last writes past its workspace: it hangs, crashes or is wrong (torch 2.13, 2.14). Grouped ones
+    # take another kernel, which is right at any width. Where a floor does not help (fewer inputs from the start, another
+    # device, a kernel's instruction set that is not torch's) compaction makes the layer a SubsampledConv2d.
     tensor = b.tensor(weight.name)
     if tensor.device.type != "cpu":
         return

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ..modules import DemPActivation, SelectiveAdd
 from ..norm_modules import DemPBatchNormAct2d
+from ..strided import SubsampledConv2d
 from .capture import PLACE, source_line
 
 __all__ = ["PrepareError", "TrainingFlag", "attributes_of", "trace_both_modes"]
@@ -39,7 +40,7 @@ class ModeTracer(fx.Tracer):
     record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (DemPActivation, DemPBatchNormAct2d, SelectiveAdd, TrainingFlag)):
+        if isinstance(m, (DemPActivation, DemPBatchNormAct2d, SelectiveAdd, SubsampledConv2d, TrainingFlag)):
             return True
         asks_for_mode = not any(True for _ in m.children()) and _reads_attribute(type(m).forward, "training")
         return asks_for_mode or super().is_leaf_module(m, module_qualified_name)
