@@ -20,7 +20,7 @@ from .machine import Machine, last_level_cache
 from .report import all_sheets, rich_table, update_readme, write_tables
 from .rows import Row, append_rows, latest, read_rows
 from .runner import Budget, ProgressLines, run_case, thread_counts, threads
-from .sheets import LEGEND, headline, losses
+from .sheets import LEGEND, headline, losses, reasons
 from .step import step_rows
 from .suites import SUITES
 
@@ -223,6 +223,11 @@ def _show(rows: list[Row], console: Console) -> None:
     for sheet in all_sheets(rows, wide=console.width >= 130):
         console.print(rich_table(sheet))
     console.print(LEGEND, highlight=False)
+    why = reasons(rows)
+    if why:
+        console.print("not met, and why (numbers in benchmarks/README.md):", highlight=False)
+        for text in why:
+            console.print(f"  {text}", highlight=False, soft_wrap=True, markup=False)
     lost = losses(rows)
     if lost:
         console.print(f"slower than PyTorch in {len(lost)} comparisons:", highlight=False)

@@ -21,6 +21,7 @@ from .sheets import (
     milliseconds,
     op_sheets,
     program_sheets,
+    reasons,
 )
 
 __all__ = ["BEGIN", "END", "all_sheets", "readme_table", "rich_table", "update_readme", "write_tables"]
@@ -62,6 +63,8 @@ def write_tables(path: Path, rows: Sequence[Row]) -> None:
         if lost:
             parts.append("### slower than PyTorch\n\n" + "\n".join(f"- {text}" for text in lost))
     parts.append("## Goals\n\n" + markdown_table(goals_sheet(rows)))
+    if why := reasons(rows):
+        parts.append("Not met, and why:\n\n" + "\n".join(f"- {text}" for text in why))
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

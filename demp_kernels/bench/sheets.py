@@ -11,7 +11,7 @@ from .rows import Group, Row, groups
 
 __all__ = [
     "COMPACTION_NAMES", "LEGEND", "OWN_NAMES", "STEP_NAMES", "Sheet", "case_text", "goals_sheet", "headline", "losses",
-    "milliseconds", "op_sheets", "program_sheets",
+    "milliseconds", "op_sheets", "program_sheets", "reasons",
 ]
 
 BASES = ("plain", "eager", "compile")
@@ -172,6 +172,15 @@ def goals_sheet(rows: Iterable[Row]) -> Sheet:
     title = "goals" + (f" ({others} more need other rows)" if others else "")
     columns = ("goal", "wanted", "median", "worst", "cases", "verdict", "worst case")
     return Sheet(title, columns, [_goal_cells(verdict) for verdict in measured], ("wanted", "verdict", "worst case"))
+
+
+def reasons(rows: Iterable[Row]) -> list[str]:
+    """What stands in the way of the goals that are not met, in words."""
+    unmet: dict[str, list[str]] = {}
+    for verdict in judge(rows):
+        if verdict.met is False:
+            unmet.setdefault(verdict.goal.why, []).append(verdict.goal.text)
+    return [f"{'; '.join(texts)}: {why}" for why, texts in unmet.items()]
 
 
 def _goal_cells(verdict: Verdict) -> tuple[Text | str, ...]:

@@ -12,7 +12,7 @@ from demp_kernels.bench import plots
 from demp_kernels.bench.goals import GOALS, judge
 from demp_kernels.bench.report import BEGIN, END, all_sheets, readme_table, rich_table, update_readme, write_tables
 from demp_kernels.bench.rows import Row, read_rows
-from demp_kernels.bench.sheets import headline, losses
+from demp_kernels.bench.sheets import headline, losses, reasons
 from demp_kernels.recipes.errors import RecipeError
 
 
@@ -68,6 +68,13 @@ def test_goals_of_step_and_compaction(everything) -> None:
     assert verdict(everything, "commit: time").word == "met"
     assert verdict(everything, "plan: share").worst == pytest.approx(2 / 15)
     assert verdict(everything, "Torch-Pruning").worst == pytest.approx(10.0)
+
+
+def test_goals_that_are_not_met_come_with_what_stands_in_the_way(everything, make_rows) -> None:
+    found = reasons(everything)
+    assert any(text.startswith("DemP's own work") and "narrow networks" in text for text in found)
+    assert not any("weight noise over all" in text for text in found), "it is met"
+    assert reasons(make_rows(copy=2.0, demp=2.0, others=0.5)) == [], "a busy machine decides nothing"
 
 
 def test_nothing_measured_is_not_met_either() -> None:
