@@ -90,8 +90,10 @@ class Selection:
 
     def device_in(self, model: nn.Module) -> torch.device:
         """Where the operands are now: a model on one device may have moved since."""
-        devices = [p.device for p in model.parameters()]
-        return self.device if self.device in devices or not devices else devices[0]
+        # mostly the first parameter tells; a walk over all of convnext's modules for each sum took a third of its plan
+        if any(parameter.device == self.device for parameter in model.parameters()):
+            return self.device
+        return next((parameter.device for parameter in model.parameters()), self.device)
 
 
 @dataclass
