@@ -1,9 +1,6 @@
 """DemP and torch.compile: a model that is compacted often goes on being compiled."""
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +8,8 @@ from torch import nn
 import demp_kernels as dk
 
 
-def remove_a_unit_a_step(way: str) -> None:
+@pytest.mark.parametrize("way", ["function", "method"])
+def test_a_removal_a_step_never_ends_compilation(way: str) -> None:
     torch._dynamo.reset()
     model = dk.prepare(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(4, 6))
     graphs: list[torch.fx.GraphModule] = []
@@ -39,14 +37,3 @@ def remove_a_unit_a_step(way: str) -> None:
         optimizer.zero_grad()
         demp.step()
         assert layer.out_features == 16 - removed
-
-
-@pytest.mark.parametrize("way", ["function", "method"])
-def test_a_removal_a_step_never_ends_compilation(way: str) -> None:
-    # in a process of its own: once, behind other tests in a worker of the whole suite, nothing was compiled at all
-    done = subprocess.run([sys.executable, __file__, way], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-if __name__ == "__main__":
-    remove_a_unit_a_step(sys.argv[1])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..graph import UnitGraph
 from ..graph.capture import evaluation_mode
+from ..graph.process_wide import without_compilation
 from ..graph.units import Keep
 from ..graph.values import Reader
 from .plan import CompactionError, Plan, Shift
@@ -324,7 +325,7 @@ def _nonzero(
 def _run(model: nn.Module, batches: Batches, hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> None:
     """Forwards in evaluation mode, watched."""
     # compiled code would not call hooks that came after it
-    with _watched(hooks), evaluation_mode(model), torch.compiler.set_stance("force_eager"):
+    with _watched(hooks), evaluation_mode(model), without_compilation():
         for arguments in batches.arguments if hooks else ():
             model(*arguments)
 

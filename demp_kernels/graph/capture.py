@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from .process_wide import without_fast_attention
+
 __all__ = ["PLACE", "AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "module_path", "origin", "quiet_fake_tensors", "source_line"]
 
 
@@ -60,18 +62,15 @@ def materialise(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 @contextmanager
 def evaluation_mode(model: nn.Module, *, leaves_only: bool = False) -> Iterator[None]:
     """Every module in evaluation mode (or only the childless ones and the norms, the others in training), without calling
-    `train()` or `eval()`, which models override; all flags come back exactly. Attention goes the way that it goes in training:
-    its fused one for inference checks no widths."""
+    `train()` or `eval()`, which models override; all flags come back exactly. Attention takes no shortcut for inference."""
     modes = [(module, module.training) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         for module, _ in modes:
             leaf = next(module.children(), None) is None or isinstance(module, nn.modules.batchnorm._NormBase)
             module.training = leaves_only and not leaf
-        yield
+        with without_fast_attention():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
 
