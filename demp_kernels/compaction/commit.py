@@ -207,7 +207,7 @@ def _front(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def _finish(plan: Plan) -> None:
     """Constants of removed units, selections, attributes, counters, and kernels that the widths rule out."""
     for shift in plan.shifts:
-        shift.tensor.add_(shift.by.to(shift.tensor.dtype))
+        shift.tensor[shift.at].add_(shift.by.to(shift.tensor.dtype))
     for change in plan.selections:
         change.module.keep_channels(change.out, change.skip)
     for module, attribute, value in plan.attributes:

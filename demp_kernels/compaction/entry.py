@@ -15,8 +15,9 @@ from ..graph import AnalysisError, UnitGraph, remembered_inputs
 from ..graph.reasons import explain
 from ..graph.units import Keep
 from ..modules import DemPActivation
+from .batches import as_batches
 from .commit import commit
-from .fold import Folding, as_batches
+from .fold import Folding
 from .optimizer import StateCut, as_optimizers, plan_states
 from .plan import CompactionError, Plan, make_plan
 from .report import CompactionReport
@@ -60,8 +61,10 @@ def compact(
             smooth activation, tails of GELU, SiLU, leaky ReLU): batches of inputs (tensors, or tuples of positional
             arguments), or a function that returns them. The model runs on them in evaluation mode, and the mean of what each
             linear layer and convolution loses goes into its bias, or off the running mean of the BatchNorm behind it.
-            Constant units so go exactly, but for the borders of zero padding; the report's `folded` tells, layer by layer,
-            what change is left. A unit that something else reads (an addition, a layer without bias) stays, with the reason.
+            Constant units so go exactly. Where no bias can do that, because what a layer loses differs from position to
+            position (borders of zero padding), one of them stays and its weights take the others' place, or all stay, if
+            that is not exact either. The report's `folded` tells, layer by layer, what change is left. A unit that something
+            else reads (an addition, a layer without bias) stays, with the reason.
             Without: units are removed as if they were zero. In training a constant may be another one: dropout in front of
             the reader scatters it, a gate scales it with the batch's statistics.
         max_change: with `fold_batches`: a layer whose output would change by more than this share of its standard deviation

@@ -1,15 +1,15 @@
-"""Folding: what removed units still gave, measured where it is read and added to the biases there.
+"""Folding: what removed units still gave, measured where it is read and given by something else from then on.
 
 A layer y = W x + b that loses the inputs D loses l = W[:, D] x[D] of its output. If these inputs are constant, so is l, and
-b + l is exact. If they are nearly constant (tails of GELU, SiLU, leaky ReLU), b + mean(l) is the best that a bias can do,
-and the root mean square of l - mean(l), beside the deviation of y, says what is left over. l is measured on batches at the
-layer itself, so whatever lies between the unit and the layer (pooling, flattening, dropout, gates, padding) is in it.
+b + l is exact. If they are constant but l is not the same everywhere (zero padding), one of them stands in for the others
+(`StandIns`), which is exact, too; where that does not help, such inputs stay. If they are nearly constant (tails of GELU,
+SiLU, leaky ReLU), b + mean(l) is the best that a bias can do, and the root mean square of l - mean(l), beside the deviation
+of y, says what is left over. l is measured on batches at the layer itself, so whatever lies between the unit and the layer
+(pooling, flattening, dropout, gates, padding) is in it.
 """
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,42 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import UnitGraph
-from ..graph.capture import evaluation_mode
-from ..graph.process_wide import without_compilation
 from ..graph.units import Keep
 from ..graph.values import Reader
+from .batches import Batches, watch
+from .measurement import Loss, input_moments, losses
 from .plan import CompactionError, Plan, Shift
 from .report import Folded
+from .stand_ins import StandIns
 
-__all__ = ["Batches", "Folding", "as_batches"]
+__all__ = ["Folding"]
 
-
-def _of_one_process(tensors: list[Tensor]) -> None:
-    """Sums over the processes of a run, where there is one: they are as they should be."""
-
-
-@dataclass
-class Batches:
-    """Positional arguments of forwards, and how float64 tensors are summed in place over processes that have other ones."""
-
-    arguments: list[tuple[Any, ...]]
-    add_up: Callable[[list[Tensor]], None] = _of_one_process
-
-
-def as_batches(batches: Any, add_up: Callable[[list[Tensor]], None] = _of_one_process) -> Batches:
-    """Batches out of an iterable of inputs (tensors, or tuples of positional arguments) or a function that returns one.
-
-    Raises TypeError for anything else, ValueError if there is no batch.
-    """
-    if isinstance(batches, Batches):
-        return batches
-    found = batches() if callable(batches) else batches
-    if not isinstance(found, Iterable) or isinstance(found, (str, Mapping, Tensor)):
-        raise TypeError(f"fold_batches must be batches of inputs or a function that returns them, got {type(found).__name__}")
-    arguments = [tuple(batch) if isinstance(batch, (tuple, list)) else (batch,) for batch in found]
-    if not arguments:
-        raise ValueError("fold_batches must have at least one batch, got none")
-    return Batches(arguments, add_up)
+EXACT = 1e-6
+"""A change of a layer's output, as a share of its standard deviation, that is no more than rounding in single precision."""
 
 
 class Folding:
@@ -65,11 +41,16 @@ class Folding:
         max_change: a layer whose output would change by more than this, as a share of its standard deviation, keeps some
             of the inputs.
 
-    keep: what stays. folded: layer -> what was done, of the first model.
+    keep: what stays. folded: layer -> what was done, of the first model. kept: activation -> why dead units of it stay.
 
-    A layer that would change too much loses those inputs first that change it least, each measured alone: as many as the
-    sum of their squared changes allows. They may add up to more, which is measured; then as many as the sum of the
-    changes itself allows, which is a bound for every subset (triangle inequality).
+    Layers are measured until nothing more has to stay:
+
+    - One whose loss differs more between positions than between samples gets stand-ins, if they halve the change.
+    - One whose loss still is a map, other than rounding but the same for every sample, keeps these inputs: it would be
+      exact with a bias for every position only.
+    - One that would change too much loses those inputs first that change it least, each measured alone: as many as the
+      sum of their squared changes allows. They may add up to more, which is measured; then as many as the sum of the
+      changes itself allows, which is a bound for every subset (triangle inequality).
 
     Raises CompactionError if a layer's output is not finite on the batches. Nothing is changed.
     """
@@ -78,79 +59,163 @@ class Folding:
         self, models: Sequence[nn.Module], graph: UnitGraph, dead: Mapping[str, Tensor], batches: Batches, *,
         round_to: int, min_units: int, max_change: float,
     ) -> None:
+        self._models, self._graph, self._batches, self._max_change = models, graph, batches, max_change
+        self._exact = min(EXACT, max_change)
+        self._stand_ins: dict[str, StandIns] = {}
+        self._before: dict[str, _Read] = {}
+        self._settled: set[str] = set()
+        self._alone: dict[str, _Alone] = {}
+        self._stay: dict[tuple[str, str], np.ndarray] = {}
         nonzero = _nonzero(models, graph, dead, batches)
-        alone: dict[str, _Alone] = {}
-        stay: dict[str, np.ndarray] = {}
-        while True:
-            self.keep = graph.keep(dead, round_to=round_to, min_units=min_units, nonzero=nonzero, stay=stay)
-            self._found = [_measure(model, graph, self.keep, batches) for model in models]
-            over = {
-                path: loss.classes for found in self._found for path, loss in found.items() if loss.folded.change > max_change
-            }
-            if not over:
-                break
-            for path, lost in over.items():
-                if path in stay and np.isin(lost, stay[path]).all():
-                    raise CompactionError(f"{path} would change by more than {max_change:g}: inputs that must be zero are not")
-            # others may be lost than before: widths are kept by other units
-            new = [path for path, lost in over.items() if path not in alone or not np.isin(lost, alone[path].classes).all()]
-            alone |= _one_by_one(models, graph, self.keep, batches, new) if new else {}
-            for path in over:
-                stay[path] = np.union1d(stay.get(path, np.empty(0, np.int64)), alone[path].too_much(max_change))
-        self.folded = {path: loss.folded for path, loss in self._found[0].items() if loss.folded.change_without > 0}
-        self.kept = _reasons(graph, nonzero, self.keep, stay, max_change)
+        again = True
+        while again:
+            self.keep = graph.keep(
+                dead, round_to=round_to, min_units=min_units, nonzero=nonzero, stay=_by_layer(self._stay)
+            )
+            self._found = [self._measure(number) for number in range(len(models))]
+            again = self._judges_stand_ins() or self._keeps_maps() or self._keeps_the_worst()
+        self.folded = {}
+        for path, read in self._found[0].items():
+            without = (self._before[path] if path in self._stand_ins else read).change_without
+            if without > 0:
+                into, inputs = str(read.reader.into), int((~read.inputs).sum())
+                self.folded[path] = Folded(into, inputs, read.change, without, read.stand_ins)
+        self.kept = _reasons(graph, nonzero, self.keep, self._stay)
 
-    def add_to(self, plan: Plan, model: int, modules: Mapping[str, nn.Module]) -> None:
+    def add_to(self, plan: Plan, number: int, modules: Mapping[str, nn.Module]) -> None:
         """The shifts of the numbered model, whose modules these are, become part of a plan."""
-        for loss in self._found[model].values():
-            if loss.by.any():
-                path, _, leaf = loss.folded.into.rpartition(".")
-                plan.shifts.append(Shift(getattr(modules[path], leaf), loss.by))
+        for path, read in self._found[number].items():
+            if (by := read.reader.sign * read.loss.lost.mean).any():
+                owner, _, leaf = str(read.reader.into).rpartition(".")
+                plan.shifts.append(Shift(getattr(modules[owner], leaf), by))
+            if path in self._stand_ins:
+                plan.shifts += self._stand_ins[path].shifts(modules[path], read.inputs, read.outputs, number)
+
+    def _measure(self, number: int) -> dict[str, _Read]:
+        """Layer -> its loss in the numbered model when `keep` stays."""
+        model, stand_ins = self._models[number], self._stand_ins
+        found = {}
+        for reader, loss in losses(model, number, self._graph, self.keep, self._batches, stand_ins=stand_ins):
+            inputs = self.keep.atoms[self._graph.flow.atoms(reader.slot)]
+            outputs = self.keep.atoms[self._graph.axes[str(reader.into), 0]]
+            standing = 0 if reader.path not in stand_ins else int((stand_ins[reader.path].at >= 0).sum())
+            found[reader.path] = _Read(reader, loss, inputs, outputs, standing)
+        return found
+
+    # --- each of these says whether another round is needed ---
+
+    def _judges_stand_ins(self) -> bool:
+        """Takes away those that did not help, and gives others to the layers that may need them."""
+        changes = self._most(lambda read: read.change)
+        useless = [
+            path for path in self._stand_ins
+            if path not in self._settled and changes.get(path, 0.0) > self._before[path].change / 2
+        ]
+        self._settled |= set(self._stand_ins)
+        for path in useless:
+            del self._stand_ins[path], self._stay[path, STANDS_IN]
+        maps = self._most(lambda read: read.change if read.loss.scatter.sum() < read.loss.lost.deviation.sum() else 0.0)
+        new = [
+            path for path, change in maps.items()
+            if path not in self._before and change > self._exact and self._found[0][path].reader.weight is not None
+        ]
+        inputs = [input_moments(model, new, self._batches) for model in self._models] if new else []
+        for path in new:
+            read = self._before[path] = max((found[path] for found in self._found), key=lambda read: read.change)
+            spread = (inputs[0][path].deviation / inputs[0][path].count).sqrt()
+            lost = np.nonzero(~read.inputs)[0]
+            layer = self._models[0].get_submodule(path)
+            chosen = StandIns.choose(layer, [found[path].mean for found in inputs], spread, lost)
+            if chosen is not None:
+                self._stand_ins[path] = chosen
+                classes = self._graph.flow.atoms(read.reader.slot)
+                self._stay[path, STANDS_IN] = np.unique(classes[chosen.at[chosen.at >= 0]])
+        return bool(useless or any(path in self._stand_ins for path in new))
+
+    def _keeps_maps(self) -> bool:
+        changes, scatters = self._most(lambda read: read.change), self._most(lambda read: read.scatter)
+        stay = _by_layer(self._stay)
+        maps = [
+            path for path, change in changes.items()
+            if change > self._exact >= scatters[path]
+            and not np.isin(self._found[0][path].loss.classes, stay.get(path, ())).all()
+        ]
+        for path in maps:
+            self._keep_inputs(path, IS_A_MAP, self._found[0][path].loss.classes)
+        return bool(maps)
+
+    def _keeps_the_worst(self) -> bool:
+        reason = f"without them {{path}} would change by more than {self._max_change:g}"
+        over = {
+            path: read.loss.classes for found in self._found for path, read in found.items() if read.change > self._max_change
+        }
+        for path, lost in over.items():
+            if (path, reason) in self._stay and np.isin(lost, self._stay[path, reason]).all():
+                raise CompactionError(f"{path} would change by more than {self._max_change:g}: inputs that must be zero are not")
+        # others may be lost than before: widths are kept by other units
+        new = [
+            path for path, lost in over.items()
+            if path not in self._alone or not np.isin(lost, self._alone[path].classes).all()
+        ]
+        self._alone |= self._one_by_one(new) if new else {}
+        for path in over:
+            self._keep_inputs(path, reason, self._alone[path].too_much(self._max_change))
+        return bool(over)
+
+    def _keep_inputs(self, path: str, reason: str, classes: np.ndarray) -> None:
+        self._stay[path, reason] = np.union1d(self._stay.get((path, reason), np.empty(0, np.int64)), classes)
+
+    def _most(self, of: Callable[[_Read], float]) -> dict[str, float]:
+        """Layer -> something of it, in that model where it is most."""
+        return {path: max(of(found[path]) for found in self._found) for path in self._found[0]}
+
+    def _one_by_one(self, paths: Sequence[str]) -> dict[str, _Alone]:
+        """What each class of inputs that some layers lose changes alone, in that model where it is most."""
+        squares: dict[str, np.ndarray] = {}
+        numbers: dict[str, np.ndarray] = {}
+        for number, model in enumerate(self._models):
+            for reader, loss in losses(
+                model, number, self._graph, self.keep, self._batches, stand_ins=self._stand_ins, alone=paths
+            ):
+                assert loss.parts is not None  # asked for
+                found = _share(loss.parts.deviation.sum(-1), loss.output.deviation.sum()).cpu().numpy()
+                squares[reader.path] = np.maximum(squares.get(reader.path, found), found)
+                numbers[reader.path] = loss.classes
+        return {path: _Alone(numbers[path], squares[path]) for path in squares}
+
+
+STANDS_IN = "{path} reads them in place of those removed"
+IS_A_MAP = "without them {path} would need a bias of its own at every position"
 
 
 @dataclass
-class _Moments:
-    """Mean and summed squared deviation of each row, (..., rows), over columns that come in pieces (Chan et al. 1979)."""
+class _Read:
+    """A layer's loss. inputs, outputs: (size,) bool, those that stay. stand_ins: how many of the inputs are such."""
 
-    mean: Tensor
-    deviation: Tensor
-    count: Tensor
+    reader: Reader
+    loss: Loss
+    inputs: np.ndarray
+    outputs: np.ndarray
+    stand_ins: int
 
-    @classmethod
-    def of(cls, rows: Tensor) -> _Moments:
-        variance, mean = torch.var_mean(rows.double(), 1, correction=0)
-        count = torch.full((), rows.shape[1], dtype=torch.float64, device=rows.device)
-        return cls(mean, variance * count, count)
+    @property
+    def change(self) -> float:
+        """Of the output, as a share of its standard deviation, beside a bias."""
+        return self._share_of(self.loss.lost.deviation.sum())
 
-    @classmethod
-    def stack(cls, several: Sequence[_Moments]) -> _Moments:
-        """Of the same columns, as one more dimension in front."""
-        return cls(torch.stack([m.mean for m in several]), torch.stack([m.deviation for m in several]), several[0].count)
+    @property
+    def change_without(self) -> float:
+        """The same without a bias."""
+        lost = self.loss.lost
+        return self._share_of(lost.deviation.sum() + (lost.count * lost.mean**2).sum())
 
-    def add(self, other: _Moments) -> None:
-        total = self.count + other.count
-        apart = other.mean - self.mean
-        self.deviation += other.deviation + apart**2 * self.count * other.count / total
-        self.mean += apart * other.count / total
-        self.count = total
+    @property
+    def scatter(self) -> float:
+        """How far apart samples are in what the layer loses: 0 for a constant or a map."""
+        return self._share_of(self.loss.scatter.sum())
 
-    def add_up(self, over: Callable[[list[Tensor]], None]) -> None:
-        """The same over the columns of all processes."""
-        own, count, total = self.mean, self.count, self.mean * self.count
-        self.count = count.clone()
-        over([total, self.count])
-        self.mean = total / self.count
-        self.deviation += count * (own - self.mean) ** 2
-        over([self.deviation])
-
-
-@dataclass
-class _Loss:
-    """What a layer is given for the inputs that it loses, of `classes`: (outputs that stay,) `by`, added to a tensor."""
-
-    classes: np.ndarray
-    by: Tensor
-    folded: Folded
+    def _share_of(self, part: Tensor) -> float:
+        return float(_share(part, self.loss.output.deviation.sum()).sqrt())
 
 
 class _Alone:
@@ -174,121 +239,9 @@ class _Alone:
         return self.classes[int(fit):]
 
 
-class _Meter:
-    """Measures in a layer's forwards what it loses without some inputs.
-
-    Args:
-        classes: (inputs,) the class of each. gone: (inputs,) bool. alone: measure each lost class on its own, too.
-
-    gone: inputs that are lost. lost: their classes. moments: over samples and positions, of the whole output, of what all
-    lost inputs gave, (outputs,) each, and with `alone` of what each lost class gave, (classes, outputs).
-    """
-
-    def __init__(self, classes: np.ndarray, gone: np.ndarray, alone: bool) -> None:
-        self.gone = np.nonzero(gone)[0]
-        self.lost = np.unique(classes[gone])
-        self._columns = [np.nonzero(classes == number)[0] for number in self.lost] if alone else []
-        self.moments: list[_Moments] = []
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """A forward hook."""
-        x, *rest = args or (kwargs["input"],)
-        assert isinstance(layer.weight, Tensor)
-        dim = x.dim() - 1 if isinstance(layer, nn.Linear) else x.dim() - layer.weight.dim() + 1
-
-        def moments(values: Tensor) -> _Moments:
-            return _Moments.of(values.movedim(dim, 0).flatten(1))
-
-        found = [moments(output), moments(_part(layer, x, rest, dim, self.gone))]
-        if self._columns:
-            found.append(_Moments.stack([moments(_part(layer, x, rest, dim, columns)) for columns in self._columns]))
-        for own, new in zip(self.moments, found):
-            own.add(new)
-        self.moments = self.moments or found
-
-    def finish(self, path: str, rows: np.ndarray, batches: Batches) -> list[_Moments]:
-        """The moments over all processes, of the outputs `rows`, (outputs,) bool, alone. Raises CompactionError if nothing
-        was measured, or no finite values."""
-        if not self.moments:
-            raise CompactionError(f"fold_batches must run {path}, which did not run on them")
-        for moments in self.moments:
-            moments.add_up(batches.add_up)
-            stay = torch.from_numpy(rows).to(moments.mean.device)
-            moments.mean, moments.deviation = moments.mean[..., stay], moments.deviation[..., stay]
-            if not (moments.mean.isfinite().all() and moments.deviation.isfinite().all()):
-                raise CompactionError(f"fold_batches must give finite values, {path} gave others")
-        return self.moments
-
-
-def _part(layer: nn.Module, x: Tensor, rest: Sequence[Any], dim: int, columns: np.ndarray) -> Tensor:
-    """What a layer makes of some of its inputs, without the bias; half precision is widened."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    index = torch.from_numpy(columns).to(x.device)
-    assert isinstance(layer.weight, Tensor)
-    weight = layer.weight.detach()
-    if getattr(layer, "groups", 1) == 1:
-        x = x.index_select(dim, index)
-        weight = weight.index_select(0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1, index)
-    else:
-        x = torch.zeros_like(x).index_copy(dim, index, x.index_select(dim, index))
-    linear = copy.copy(layer)  # shares everything; its forward is called without hooks
-    linear._parameters = {"weight": nn.Parameter(weight.to(dtype)), "bias": None}
-    return linear.forward(x.to(dtype), *rest)
-
-
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole; of nothing 0 / 0 = 0."""
     return torch.where(part == 0, 0.0, part / whole)
-
-
-@torch.no_grad()
-def _meters(
-    model: nn.Module, graph: UnitGraph, keep: Keep, batches: Batches, paths: Collection[str] | None = None
-) -> Iterator[tuple[Reader, _Meter, list[_Moments]]]:
-    """The layers that lose inputs when `keep` stays and can be given a constant instead, and what was measured there. With
-    `paths` only these, class by class."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    readers: dict[str, Reader] = {}
-    for reader in graph.readers:
-        loses = reader.into is not None and not keep.atoms[graph.flow.atoms(reader.slot)].all()
-        if loses and (paths is None or reader.path in paths):
-            readers.setdefault(reader.path, reader)
-    if missing := [path for path in readers if path not in modules]:
-        raise ValueError(f"followers must be copies of the model, got a {type(model).__name__} without {missing[0]}")
-    meters = {}
-    for path, reader in readers.items():
-        classes = graph.flow.atoms(reader.slot)
-        meters[path] = _Meter(classes, ~keep.atoms[classes], paths is not None)
-    _run(model, batches, [(modules[path], meter) for path, meter in meters.items()])
-    for path, reader in readers.items():
-        rows = keep.atoms[graph.axes[str(reader.into), 0]]
-        yield reader, meters[path], meters[path].finish(path, rows, batches)
-
-
-def _measure(model: nn.Module, graph: UnitGraph, keep: Keep, batches: Batches) -> dict[str, _Loss]:
-    """Layer -> its loss when `keep` stays."""
-    losses = {}
-    for reader, meter, (output, lost) in _meters(model, graph, keep, batches):
-        left, whole = lost.deviation.sum(), output.deviation.sum()
-        without = left + (lost.count * lost.mean**2).sum()
-        change, change_without = (float(_share(part, whole).sqrt()) for part in (left, without))
-        folded = Folded(str(reader.into), meter.gone.size, change, change_without)
-        losses[reader.path] = _Loss(meter.lost, reader.sign * lost.mean, folded)
-    return losses
-
-
-def _one_by_one(
-    models: Sequence[nn.Module], graph: UnitGraph, keep: Keep, batches: Batches, paths: Collection[str]
-) -> dict[str, _Alone]:
-    """What each class of inputs that the layers `paths` lose changes alone, in that model where it is most."""
-    squares: dict[str, np.ndarray] = {}
-    numbers: dict[str, np.ndarray] = {}
-    for model in models:
-        for reader, meter, (output, _, parts) in _meters(model, graph, keep, batches, paths):
-            found = _share(parts.deviation.sum(-1), output.deviation.sum()).cpu().numpy()
-            squares[reader.path] = np.maximum(squares.get(reader.path, found), found)
-            numbers[reader.path] = meter.lost
-    return {path: _Alone(numbers[path], squares[path]) for path in squares}
 
 
 @torch.no_grad()
@@ -300,7 +253,7 @@ def _nonzero(
     masks = {graph.activations[i].name: torch.from_numpy(mask) for i, mask in graph.masks(dead).items()}
     counts: dict[str, Tensor] = {}
 
-    def watch(name: str, dim: int) -> Callable[..., None]:
+    def count(name: str, dim: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             others = [d for d in range(output.dim()) if d != dim]
             found = (output != 0).sum(others).double()
@@ -311,10 +264,10 @@ def _nonzero(
     for model in models:
         modules = dict(model.named_modules(remove_duplicate=False))
         hooks = [
-            (modules[a.module], watch(a.name, a.dim)) for a in graph.activations if a.name in masks and a.module in modules
+            (modules[a.module], count(a.name, a.dim)) for a in graph.activations if a.name in masks and a.module in modules
         ]
         if any(mask.any() for mask in masks.values()):
-            _run(model, batches, hooks)
+            watch(model, batches, hooks)
     batches.add_up(list(counts.values()))
     return {
         name: mask & (counts[name].cpu() > 0) if name in counts and counts[name].shape == mask.shape else mask
@@ -322,24 +275,16 @@ def _nonzero(
     }
 
 
-def _run(model: nn.Module, batches: Batches, hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> None:
-    """Forwards in evaluation mode, watched."""
-    # compiled code would not call hooks that came after it
-    with _watched(hooks), evaluation_mode(model), without_compilation():
-        for arguments in batches.arguments if hooks else ():
-            model(*arguments)
-
-
-@contextmanager
-def _watched(hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module, hook in hooks:
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        yield
+def _by_layer(stay: Mapping[tuple[str, str], np.ndarray]) -> dict[str, np.ndarray]:
+    """Layer -> classes that it keeps, whatever the reason."""
+    found: dict[str, np.ndarray] = {}
+    for (path, _), classes in stay.items():
+        found[path] = np.union1d(found.get(path, classes), classes)
+    return found
 
 
 def _reasons(
-    graph: UnitGraph, nonzero: Mapping[str, Tensor], keep: Keep, stay: Mapping[str, np.ndarray], max_change: float
+    graph: UnitGraph, nonzero: Mapping[str, Tensor], keep: Keep, stay: Mapping[tuple[str, str], np.ndarray]
 ) -> dict[str, str]:
     """Activation -> why dead units that are not zero stay, where that is because of what reads them."""
     reasons = {}
@@ -348,14 +293,11 @@ def _reasons(
         left = activation.atoms[np.nonzero(mask.numpy() & keep.atoms[activation.atoms])[0]]
         if not left.size or graph.is_pinned[left].any():
             continue
-        why = "more than layers with a bias reads them"
-        for reader in graph.readers:
-            read = np.isin(left, graph.flow.atoms(reader.slot))
-            if reader.into is None and read.any():
-                why = reader.reason
-                break
-            if np.isin(left, stay.get(reader.path, ())).any():
-                why = f"without them {reader.path} would change by more than {max_change:g}"
-                break
+        counts = {reason.format(path=path): np.isin(left, classes).sum() for (path, reason), classes in stay.items()}
+        found = sorted((reason for reason, count in counts.items() if count), key=lambda reason: -counts[reason])
+        rigid = [r.reason for r in graph.readers if r.into is None and np.isin(left, graph.flow.atoms(r.slot)).any()]
+        if not (found or rigid) and name in keep.widened:
+            continue
+        why = [*rigid, *found, "more than layers with a bias reads them"][0]
         reasons[name] = f"{left.size} dead units: they are not zero, and {why}"
     return reasons

@@ -50,10 +50,12 @@ class SelectionChange:
 
 @dataclass
 class Shift:
-    """Added to a bias or a running mean once it has been cut: (kept,) `by`, what removed inputs gave on average."""
+    """What takes over what removed inputs gave: `by` is added to a bias or a running mean, or to entries `at` of a weight,
+    once it has been cut."""
 
     tensor: Tensor
     by: Tensor
+    at: tuple[int | slice, ...] = ()
 
 
 @dataclass

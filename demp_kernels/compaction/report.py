@@ -13,12 +13,22 @@ class Folded:
     into: the bias or running mean that took what they gave on average. inputs: how many the layer lost.
     change: what is left, measured on `fold_batches`: the root mean square of the change of the layer's output, as a share
         of that output's standard deviation. change_without: the same if nothing had been folded.
+    stand_ins: how many of the inputs that stay give what others gave, where a bias cannot: those that were lost would have
+        given something else from position to position. 0: the bias does.
     """
 
     into: str
     inputs: int
     change: float
     change_without: float
+    stand_ins: int = 0
+
+    def __str__(self) -> str:
+        others = f" and {self.stand_ins} of the others" if self.stand_ins else ""
+        return (
+            f"{self.inputs} inputs folded into {self.into}{others}, estimated change {self.change:.2g} "
+            f"(without folding {self.change_without:.2g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -114,8 +124,5 @@ class CompactionReport:
             for name, count in self.removed.items()
         ]
         lines += [f"  {name}: kept, {why}" for name, why in self.kept.items()]
-        lines += [
-            f"  {name}: {f.inputs} inputs folded into {f.into}, estimated change {f.change:.2g} (without folding {f.change_without:.2g})"
-            for name, f in self.folded.items()
-        ]
+        lines += [f"  {name}: {folded}" for name, folded in self.folded.items()]
         return "\n".join(lines + [f"  {note}" for note in self.notes])

@@ -38,13 +38,15 @@ def _reader(b: Builder, node: fx.Node, x: Value, bias: Parameter | None) -> Read
         return Reader(x.slot, path, None, reason=f"{path} is called several times")
     if b.output_shapes and path not in {reader.path for reader in b.readers}:
         return Reader(x.slot, path, None, reason=f"{path} runs in training only")
+    found = b.parameter(node.args[1])
+    weight = found.name if found is not None and b.uses[found.name] == 1 else None
     if bias is not None:
         if b.uses[bias.name] > 1:
             return Reader(x.slot, path, None, reason=f"{path} shares its bias")
-        return Reader(x.slot, path, bias.name)
+        return Reader(x.slot, path, bias.name, weight=weight)
     users = list(node.users)
     if len(users) == 1 and users[0].target is aten.batch_norm.default and users[0].args[0] is node:
         mean = b.parameter(users[0].args[3])
         if mean is not None and b.uses[mean.name] == 1:
-            return Reader(x.slot, path, mean.name, sign=-1)
+            return Reader(x.slot, path, mean.name, sign=-1, weight=weight)
     return Reader(x.slot, path, None, reason=f"{path} has no bias, and no BatchNorm behind it")

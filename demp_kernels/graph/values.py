@@ -68,7 +68,7 @@ class Reader:
     """A layer that contracts the units of `slot`, and what can make up for a constant that it no longer reads.
 
     path: of the layer's module. into: its bias (sign 1), or the running mean of the BatchNorm behind it (sign -1); None:
-    nothing can, because of `reason`.
+    nothing can, because of `reason`. weight: of the layer, if nothing else uses it and it is no computed tensor.
     """
 
     slot: int
@@ -76,6 +76,7 @@ class Reader:
     into: str | None
     sign: int = 1
     reason: str = ""
+    weight: str | None = None
 
 
 @dataclass

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from ..arguments import at_least, one_of, require_integer, require_module, require_not_negative
 from ..compaction import CompactionReport, compact, recycle
+from ..compaction.batches import Batches, as_batches
 from ..compaction.entry import width_step
-from ..compaction.fold import Batches, as_batches
 from ..compaction.report import Payoff
 from ..compaction.state_checks import entry
 from ..functional import weight_noise_

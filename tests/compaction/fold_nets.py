@@ -57,10 +57,35 @@ NETS: dict[str, Callable[[], nn.Sequential]] = {
 }
 
 
+MAPS: dict[str, tuple[Callable[[], nn.Sequential], int]] = {
+    "zero padding": (lambda: nn.Sequential(*first(nn.SiLU()), nn.Conv2d(12, 7, 3, padding=1), nn.ReLU(), *head(7)), 1),
+    "zero padding before BatchNorm": (
+        lambda: nn.Sequential(
+            *first(nn.GELU()), nn.Conv2d(12, 7, 5, padding=2, bias=False), nn.BatchNorm2d(7), nn.ReLU(), *head(7)
+        ), 1,
+    ),
+    "stride of a transposed conv": (
+        lambda: nn.Sequential(*first(nn.Mish()), nn.ConvTranspose2d(12, 7, 3, stride=2, output_padding=1), nn.ReLU(), *head(7)), 1,
+    ),
+    "grouped": (
+        lambda: nn.Sequential(*first(nn.SiLU()), nn.Conv2d(12, 6, 3, padding=1, groups=3), nn.ReLU(), *head(6)), 3,
+    ),
+    "grouped and transposed": (
+        lambda: nn.Sequential(*first(nn.SiLU()), nn.ConvTranspose2d(12, 6, 3, groups=3), nn.ReLU(), *head(6)), 3,
+    ),
+    "a pooled border": (
+        lambda: nn.Sequential(*first(nn.ELU()), nn.AvgPool2d(3, 1, 1), nn.Conv2d(12, 7, 3, padding=1), nn.ReLU(), *head(7)), 1,
+    ),
+    "two readers": (lambda: nn.Sequential(*first(nn.SiLU()), Fork(12, padding=1), *head(14)), 1),
+}
+"""Networks in which a layer loses another constant at every position, and how many units stand in for the others."""
+
+
 class Fork(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, padding: int = 0) -> None:
         super().__init__()
-        self.left, self.right = nn.Conv2d(width, 7, 3), nn.Conv2d(width, 7, 3, bias=False)
+        self.left = nn.Conv2d(width, 7, 3, padding=padding)
+        self.right = nn.Conv2d(width, 7, 3, padding=padding, bias=False)
         self.norm = nn.BatchNorm2d(7)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,8 +98,9 @@ class Transpose(nn.Module):
 
 
 @torch.no_grad()
-def made_constant(net: nn.Module, shift: float = 0.7) -> nn.Module:
-    """Random statistics everywhere; the units GONE of the first BatchNorm (of a depthwise one too) get scale 0 and a shift."""
+def made_constant(net: nn.Module, shift: float = 0.7, gone: Tensor = GONE, scale: float = 0.0) -> nn.Module:
+    """Random statistics everywhere; the units `gone` of the first BatchNorm (of a depthwise one too) get a scale, 0 for
+    constants, and a shift."""
     net.double()
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
@@ -83,8 +109,8 @@ def made_constant(net: nn.Module, shift: float = 0.7) -> nn.Module:
         nn.init.normal_(norm.running_mean, std=0.3)
         nn.init.uniform_(norm.running_var, 0.5, 2)
         if norm.num_features == 12:
-            norm.weight[GONE] = 0.0
-            norm.bias[GONE] = torch.linspace(-2, 1, int(GONE.sum()), dtype=torch.float64) + shift
+            norm.weight[gone] = scale
+            norm.bias[gone] = torch.linspace(-2, 1, int(gone.sum()), dtype=torch.float64) + shift
     return net
 
 

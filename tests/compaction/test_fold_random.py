@@ -29,6 +29,8 @@ def hold(values: dict[str, tuple[Tensor, Tensor]], graph: dk.UnitGraph, name: st
             seen.append(name)
             values[name][1][(inputs[0] == 0).movedim(dim, 0).flatten(1).all(1)] = 0
         ids = torch.from_numpy(graph.unit_ids[name])
+        if output.shape[dim] != len(ids):
+            return output  # a trial at planned widths, which the graph does not have yet
         mask, constants = (v[ids].view([-1 if d == dim else 1 for d in range(output.dim())]) for v in values[name])
         return torch.where(mask, constants, output)
 
@@ -42,7 +44,7 @@ def output(model: nn.Module, x: Tensor, training: bool) -> Tensor:
 
 def check(seed: int) -> int:
     """One network; returns how many inputs of layers were folded. In every other one live units are called dead, too: they
-    have to stay, unless they are constant on what was measured."""
+    have to stay, unless they are constant on what was measured. In the others constants go exactly without a limit, too."""
     model = random_net(seed).double()
     generator = torch.Generator().manual_seed(seed)
     x, other = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64, generator=generator)
@@ -61,11 +63,12 @@ def check(seed: int) -> int:
     # behind a gate a constant is what the gate makes of it, which other statistics change
     only_here = wrong or any(isinstance(module, Squeeze) for module in modules.values())
     cases = [(x, False)] if only_here else [(x, False), (other, False), (x, True)]
+    limit = 1e-9 if only_here else float("inf")
     folded = 0
     for _ in range(2):
         before = [output(model, *case) for case in cases]
         now = {name: mask[torch.from_numpy(graph.unit_ids[name])] for name, mask in dead.items()}
-        report = dk.compact(model, None, dead=now, graph=graph, fold_batches=[x], max_change=1e-9)
+        report = dk.compact(model, None, dead=now, graph=graph, fold_batches=[x], max_change=limit)
         folded += sum(f.inputs for f in report.folded.values())
         for case, expected in zip(cases, before):
             size = max(1.0, float(expected.abs().max()))
