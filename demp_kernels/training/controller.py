@@ -17,7 +17,6 @@ from ..compaction.batches import Batches, as_batches
 from ..compaction.entry import width_step
 from ..compaction.report import Payoff
 from ..compaction.state_checks import entry
-from ..functional import weight_noise_
 from ..graph import UnitGraph, remembered_inputs
 from ..graph.capture import as_tuple
 from .distributed import (
@@ -31,6 +30,7 @@ from .distributed import (
     unwrap,
 )
 from .liveness import StepLiveness, activations_of, check_counters, not_finite, scan_dead, window_dead
+from .noise import noise_on_live
 from .penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
 from .policy import POLICIES, Weighing
 from .report import DemPEvent, DemPReport, check_history, some_of
@@ -314,10 +314,7 @@ class DemP:
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
         live = any_rank(self._liveness.take())
-        gates = self.graph.gates
-        targets = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
-        masks = [live.get(gates.get(name, "")) for name, _ in targets]
-        weight_noise_([p for _, p in targets], std, masks, self._noise_seed)
+        noise_on_live(self._model, live, self.graph.gates, std, self._noise_seed)
         self._noise_seed.add_(1)
 
     def _remove_dead(self) -> CompactionReport:

@@ -16,16 +16,21 @@ NORMALISATIONS = (
 )
 
 
+def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+    """On the first one's device: parts of a model may be on several."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
+
+
 def _l1(parameters: Sequence[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(parameters), 1)).sum()
+    return _stacked(torch._foreach_norm(list(parameters), 1)).sum()
 
 
 def _l2(parameters: Sequence[Tensor]) -> Tensor:
-    return 0.5 * torch.stack(torch._foreach_norm(list(parameters), 2)).square().sum()
+    return 0.5 * _stacked(torch._foreach_norm(list(parameters), 2)).square().sum()
 
 
 def _positive(parameters: Sequence[Tensor]) -> Tensor:
-    return torch.stack([p.relu().sum() for p in parameters]).sum()
+    return _stacked([p.relu().sum() for p in parameters]).sum()
 
 
 PENALTY_NORMS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"l1": _l1, "l2": _l2, "positive": _positive}

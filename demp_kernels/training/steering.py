@@ -197,7 +197,7 @@ class Steerer:
     def _push(self, resting: Tensor | None) -> None:
         for p, rows, is_offset in self._pushes:
             if resting is not None:
-                rows = torch.where(resting, 0.0, rows)
+                rows = torch.where(resting.to(rows.device), 0.0, rows)
             if is_offset:
                 p.sub_(rows)
             else:

@@ -11,6 +11,8 @@ from torch import nn
 
 import demp_kernels as dk
 from demp_kernels import UnitGraph
+from demp_kernels.training.noise import noise_on_live
+from demp_kernels.training.penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
 
 
 class Halves(nn.Module):
@@ -91,3 +93,28 @@ def test_a_selection_without_values_is_refused_before_anything_changes() -> None
     with pytest.raises(dk.CompactionError, match="norm.add must know which channels it has, but its buffers are on the meta device"):
         dk.compact(model, None, dead=dead, graph=graph)
     assert {name: t.shape for name, t in model.state_dict().items()} == before
+
+
+def test_penalty_and_noise_reach_every_device() -> None:
+    """The rows of dead units are left alone wherever they are, and the first device gets the noise that it would get alone."""
+    alone, _, _ = built("cpu", "cpu")
+    model, graph, _ = built("cpu", "meta")
+    parts = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
+    assert 0 < len(parts) < len(list(model.parameters()))
+    for name, p in alone.named_parameters():
+        p.requires_grad_(any(name == other for other, _ in parts))
+    live = {name: torch.arange(units) % 2 == 0 for name, units in graph.units.items()}
+    before = {name: p.detach().clone() for name, p in parts}
+    seed = torch.tensor([5])
+    noise_on_live(model, live, graph.gates, 0.1, seed)
+    noise_on_live(alone, live, graph.gates, 0.1, seed)
+    for name, p in parts:
+        torch.testing.assert_close(p, alone.get_parameter(name), rtol=0, atol=0)
+        moved = (p != before[name]).flatten(1).any(1) if p.dim() > 1 else p != before[name]
+        assert torch.equal(moved, live[graph.gates[name]])
+    meta, _, _ = built("meta", "cpu")
+    for norm in PENALTY_NORMS:
+        value = penalty_value(penalised_parameters(meta, "all"), norm)
+        assert value.is_meta and value.shape == ()
+        add_penalty_gradient(penalised_parameters(model, "all"), norm, 0.1)
+    assert all(p.grad.device == p.device for p in model.parameters())
