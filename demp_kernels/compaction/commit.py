@@ -84,6 +84,7 @@ def commit(plan: Plan, states: Sequence[StateCut]) -> int:
         job.replace(_front(job.tensor, job.shape))
     for batch in batches:
         freed += _exchange(batch)
+    torch.clear_autocast_cache()  # within an autocast it holds copies of weights as they were
     _finish(plan)
     return freed
 

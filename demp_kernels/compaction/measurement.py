@@ -17,7 +17,7 @@ from .batches import Batches, watch
 from .plan import CompactionError
 from .stand_ins import StandIns, unit_dim
 
-__all__ = ["Loss", "Moments", "input_moments", "losses"]
+__all__ = ["Inputs", "Loss", "Moments", "inputs_of", "losses"]
 
 
 @dataclass
@@ -65,78 +65,124 @@ class Moments:
 
 
 @dataclass
+class Inputs:
+    """All inputs of a layer. mean: (inputs,). constant: (inputs,) bool, the same in every sample, be it another value at
+    every position. Rounding is none; of one sample alone only what is the same everywhere is known to be constant."""
+
+    mean: Tensor
+    constant: np.ndarray
+
+
+@dataclass
 class Loss:
     """What a layer loses, over all samples and positions.
 
-    classes: the lost ones. output, lost: moments of its whole output and of what all
-    lost inputs gave together, of the outputs that stay; parts: of what each lost class gave, (classes, outputs), if asked.
-    With stand-ins, "gave" is less what the stand-in gives instead. scatter: (outputs,) squared distance of what the lost
-    inputs gave a sample from what they gave the first one, summed: zero if they give every sample the same map.
+    classes: the lost ones; constant: (classes,) bool. output, lost, lost_constants: moments of its whole output and of what
+    all lost inputs and the constant ones gave, of the outputs that stay; parts: of what each lost class gave, (classes,
+    outputs), if asked. With stand-ins, "gave" is less what the stand-in gives instead. precision: of the layer's products.
     """
 
     classes: np.ndarray
+    constant: np.ndarray
     output: Moments
     lost: Moments
+    lost_constants: Moments
     parts: Moments | None
-    scatter: Tensor
+    precision: float
+
+
+class _InputMeter:
+    """Looks at all inputs of a layer in its forwards. Samples lie along the first dimension; where that is the units', a
+    forward is one sample."""
+
+    def __init__(self) -> None:
+        self._moments: Moments | None = None
+        self._first: dict[torch.Size, Tensor] = {}
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """A forward hook."""
+        x = args[0] if args else kwargs["input"]
+        dim = unit_dim(layer, x)
+        new = _moments(x, dim)
+        samples = x if dim > 0 else x.unsqueeze(0)
+        compared = len(samples) if samples.shape[1:] in self._first else len(samples) - 1
+        first = self._first.setdefault(samples.shape[1:], samples[:1].clone())
+        apart = (samples - first).double().pow(2).movedim(max(dim, 1), 0).flatten(1).sum(1)
+        counted = torch.full((), compared, dtype=torch.float64, device=x.device)
+        if self._moments is None:
+            self._moments, self._apart, self._compared, self._eps = new, apart, counted, torch.finfo(x.dtype).eps
+        else:
+            self._moments.add(new)
+            self._apart, self._compared = self._apart + apart, self._compared + counted
+
+    def finish(self, path: str, batches: Batches) -> Inputs:
+        """Over all processes. Raises CompactionError if the layer did not run."""
+        if self._moments is None:
+            raise CompactionError(f"fold_batches must run {path}, which did not run on them")
+        moments = self._moments
+        moments.add_up(batches.add_up)
+        batches.add_up([self._apart, self._compared])
+        size = moments.deviation + moments.count * moments.mean**2
+        differs = self._apart if self._compared > 0 else moments.deviation
+        known = bool(self._compared > 0) or bool(moments.count > 1)
+        constant = (differs <= (2 * self._eps) ** 2 * size) & known
+        return Inputs(moments.mean, constant.cpu().numpy())
 
 
 class _Meter:
     """Measures in a layer's forwards what it loses without some inputs.
 
     Args:
-        path: of the layer. classes: (inputs,) the class of each. gone: (inputs,) bool. alone: measure each lost class on
-            its own, too. stand_ins, number: the layer's stand-ins, if any, and whose of the models it is.
+        path: of the layer. classes: (inputs,) the class of each. gone, constant: (inputs,) bool. alone: measure each lost
+            class on its own, too. stand_ins, number: the layer's stand-ins, if any, and whose of the models it is.
     """
 
     def __init__(
-        self, path: str, classes: np.ndarray, gone: np.ndarray, alone: bool, stand_ins: StandIns | None, number: int
+        self, path: str, classes: np.ndarray, gone: np.ndarray, constant: np.ndarray, alone: bool,
+        stand_ins: StandIns | None, number: int,
     ) -> None:
-        self._path, self._gone, self._stand_ins, self._number = path, np.nonzero(gone)[0], stand_ins, number
+        self._path, self._stand_ins, self._number = path, stand_ins, number
         self._lost = np.unique(classes[gone])
+        self._constant = ~np.isin(self._lost, classes[gone & ~constant])
+        self._gone, self._gone_constants = np.nonzero(gone)[0], np.nonzero(np.isin(classes, self._lost[self._constant]))[0]
         self._columns = [np.nonzero(classes == one)[0] for one in self._lost] if alone else []
         self._moments: list[Moments] = []
-        self._first: Tensor | None = None
-        self._scatter: Tensor | None = None
+        self._precision = 0.0
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """A forward hook."""
         x, *rest = args or (kwargs["input"],)
         dim = unit_dim(layer, x)
 
-        def part(columns: np.ndarray) -> Tensor:
-            return self._part(layer, x, rest, dim, columns)
+        def part(columns: np.ndarray) -> Moments:
+            return _moments(self._part(layer, x, rest, dim, columns), dim)
 
         lost = part(self._gone)
-        found = [_moments(output, dim), _moments(lost, dim)]
+        if len(self._gone_constants) == len(self._gone):
+            constants = copy.deepcopy(lost)
+        elif len(self._gone_constants):
+            constants = part(self._gone_constants)
+        else:
+            constants = Moments(torch.zeros_like(lost.mean), torch.zeros_like(lost.deviation), lost.count.clone())
+        found = [_moments(output, dim), lost, constants]
         if self._columns:
-            found.append(Moments.stack([_moments(part(columns), dim) for columns in self._columns]))
+            found.append(Moments.stack([part(columns) for columns in self._columns]))
         for own, new in zip(self._moments, found):
             own.add(new)
         self._moments = self._moments or found
-        # without a dimension of samples in front of the units' a forward is one sample
-        samples = lost if dim > 0 else lost.unsqueeze(0)
-        if self._first is None:
-            self._first = samples[:1].clone()
-        if samples.shape[1:] == self._first.shape[1:]:
-            apart = (samples - self._first).double().pow(2).movedim(max(dim, 1), 0).flatten(1).sum(1)
-        else:
-            apart = torch.full((lost.shape[dim],), torch.inf, dtype=torch.float64, device=lost.device)
-        self._scatter = apart if self._scatter is None else self._scatter + apart
+        self._precision = max(self._precision, _precision(x))
 
     def finish(self, rows: np.ndarray, batches: Batches) -> Loss:
         """Over all processes, of the outputs `rows`, (outputs,) bool, alone. Raises CompactionError if nothing was
         measured, or no finite values."""
-        if self._scatter is None:
+        if not self._moments:
             raise CompactionError(f"fold_batches must run {self._path}, which did not run on them")
         for moments in self._moments:
             moments.add_up(batches.add_up)
-        batches.add_up([self._scatter])
-        output, lost, *parts = (moments.rows(rows) for moments in self._moments)
+        output, lost, constants, *parts = (moments.rows(rows) for moments in self._moments)
         if not all(moments.finite() for moments in (output, lost, *parts)):
             raise CompactionError(f"fold_batches must give finite values, {self._path} gave others")
-        scatter = self._scatter[torch.from_numpy(rows).to(self._scatter.device)]
-        return Loss(self._lost, output, lost, parts[0] if parts else None, scatter)
+        return Loss(self._lost, self._constant, output, lost, constants, parts[0] if parts else None, self._precision)
 
     def _part(self, layer: nn.Module, x: Tensor, rest: Sequence[Any], dim: int, columns: np.ndarray) -> Tensor:
         """What a layer makes of some of its inputs, without the bias; half precision is widened."""
@@ -146,7 +192,15 @@ class _Meter:
             x = x.index_select(dim, torch.from_numpy(read).to(x.device))
         linear = copy.copy(layer)  # shares everything; its forward is called without hooks
         linear._parameters = {"weight": nn.Parameter(weight), "bias": None}
-        return linear.forward(x.to(weight.dtype), *rest)
+        with torch.autocast(x.device.type, enabled=False):
+            return linear.forward(x.to(weight.dtype), *rest)
+
+
+def _precision(x: Tensor) -> float:
+    """Of products with x: what is the same may come out apart by so much of its size."""
+    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        return 2.0**-10
+    return torch.finfo(x.dtype).eps
 
 
 def _moments(values: Tensor, dim: int) -> Moments:
@@ -154,47 +208,42 @@ def _moments(values: Tensor, dim: int) -> Moments:
 
 
 @torch.no_grad()
+def inputs_of(model: nn.Module, graph: UnitGraph, keep: Keep, batches: Batches) -> dict[str, Inputs]:
+    """Layer -> its inputs, for the layers that can be given a constant in place of some."""
+    modules = _modules(model, graph)
+    meters = {reader.path: _InputMeter() for reader in graph.readers if reader.into is not None and _loses(graph, reader, keep)}
+    watch(model, batches, [(modules[path], meter) for path, meter in meters.items()])
+    return {path: meter.finish(path, batches) for path, meter in meters.items()}
+
+
+@torch.no_grad()
 def losses(
-    model: nn.Module, number: int, graph: UnitGraph, keep: Keep, batches: Batches, *, stand_ins: Mapping[str, StandIns],
-    alone: Sequence[str] | None = None,
+    model: nn.Module, number: int, graph: UnitGraph, keep: Keep, batches: Batches, *, constant: Mapping[str, np.ndarray],
+    stand_ins: Mapping[str, StandIns], alone: Sequence[str] | None = None,
 ) -> Iterator[tuple[Reader, Loss]]:
     """The layers of the numbered model that lose inputs when `keep` stays and can be given a constant instead, and what
-    they lose. With `alone` only these, class by class, too."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    they lose. constant: layer -> (inputs,) bool. With `alone` only these, class by class, too."""
+    modules = _modules(model, graph)
     readers: dict[str, Reader] = {}
     for reader in graph.readers:
-        loses = reader.into is not None and not keep.atoms[graph.flow.atoms(reader.slot)].all()
-        if loses and (alone is None or reader.path in alone):
+        if reader.into is not None and _loses(graph, reader, keep) and (alone is None or reader.path in alone):
             readers.setdefault(reader.path, reader)
-    if missing := [path for path in readers if path not in modules]:
-        raise ValueError(f"followers must be copies of the model, got a {type(model).__name__} without {missing[0]}")
     meters = {}
     for path, reader in readers.items():
         classes = graph.flow.atoms(reader.slot)
-        meters[path] = _Meter(path, classes, ~keep.atoms[classes], alone is not None, stand_ins.get(path), number)
+        same = constant.get(path, np.zeros(classes.shape, bool))
+        meters[path] = _Meter(path, classes, ~keep.atoms[classes], same, alone is not None, stand_ins.get(path), number)
     watch(model, batches, [(modules[path], meter) for path, meter in meters.items()])
     for path, reader in readers.items():
         yield reader, meters[path].finish(keep.atoms[graph.axes[str(reader.into), 0]], batches)
 
 
-@torch.no_grad()
-def input_moments(model: nn.Module, paths: Sequence[str], batches: Batches) -> dict[str, Moments]:
-    """Of all inputs of some layers, (inputs,) each."""
+def _loses(graph: UnitGraph, reader: Reader, keep: Keep) -> bool:
+    return not keep.atoms[graph.flow.atoms(reader.slot)].all()
+
+
+def _modules(model: nn.Module, graph: UnitGraph) -> dict[str, nn.Module]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, Moments] = {}
-
-    def look(path: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
-            new = _moments(x, unit_dim(layer, x))
-            if path in found:
-                found[path].add(new)
-            else:
-                found[path] = new
-
-        return hook
-
-    watch(model, batches, [(modules[path], look(path)) for path in paths])
-    for path in paths:
-        found[path].add_up(batches.add_up)
-    return found
+    if missing := [reader.path for reader in graph.readers if reader.into is not None and reader.path not in modules]:
+        raise ValueError(f"followers must be copies of the model, got a {type(model).__name__} without {missing[0]}")
+    return modules

@@ -38,8 +38,8 @@ def _is_transposed(layer: nn.Module) -> bool:
 class StandIns:
     """Of one layer.
 
-    at: (groups,) int64, the input that stands in, -1 for none. ratios: for each model, (inputs,) float64: an input's mean
-    over that of its stand-in.
+    at: (groups,) int64, the input that stands in, -1 for none. ratios: for each model, (inputs,) float64: a constant input's
+    mean over that of its stand-in, 0 for others.
     """
 
     at: np.ndarray
@@ -50,26 +50,24 @@ class StandIns:
         return cls(np.full(getattr(layer, "groups", 1), -1), [])
 
     @classmethod
-    def choose(cls, layer: nn.Module, means: Sequence[Tensor], spread: Tensor, lost: np.ndarray) -> StandIns | None:
-        """The largest of the lost inputs (indices) in each group; None if no group has one that is not zero.
+    def choose(
+        cls, layer: nn.Module, means: Sequence[Tensor], constant: np.ndarray, lost: np.ndarray
+    ) -> StandIns | None:
+        """The largest in each group of the constant inputs that are lost; None if none is other than zero.
 
-        Args:
-            means: of each model, (inputs,) float64. spread: (inputs,) standard deviation in the first model: what varies
-                by so much is worth so much less.
+        means: of each model, (inputs,) float64. constant, lost: (inputs,) bool.
         """
         chosen = cls.none(layer)
-        groups = len(chosen.at)
-        worth = torch.full_like(spread, -torch.inf)
-        worth[torch.from_numpy(lost).to(spread.device)] = 0.0
-        worth += torch.stack([mean.abs() for mean in means]).amin(0) - spread
-        best, at = worth.view(groups, -1).max(1)
-        at += torch.arange(groups, device=at.device) * (len(worth) // groups)
-        chosen.at[:] = torch.where(best > 0, at, -1).cpu().numpy()
-        if (chosen.at < 0).all():
+        groups, inputs, device = len(chosen.at), len(means[0]), means[0].device
+        those = torch.from_numpy(constant).to(device)  # others than now may go once the stand-in stays
+        size = torch.stack([mean.abs() for mean in means]).amin(0) * (those & torch.from_numpy(lost).to(device))
+        best, at = size.view(groups, -1).max(1)
+        has, at = best > 0, at + torch.arange(groups, device=device) * (inputs // groups)
+        if not has.any():
             return None
-        own = at.repeat_interleave(len(worth) // groups)
-        has = (best > 0).repeat_interleave(len(worth) // groups)
-        chosen.ratios = [torch.where(has, mean / torch.where(has, mean[own], 1.0), 0.0) for mean in means]
+        chosen.at[:] = torch.where(has, at, -1).cpu().numpy()
+        own, stood_for = at.repeat_interleave(inputs // groups), has.repeat_interleave(inputs // groups) & those
+        chosen.ratios = [torch.where(stood_for, mean / torch.where(stood_for, mean[own], 1.0), 0.0) for mean in means]
         return chosen
 
     def weight_of(self, layer: nn.Module, inputs: np.ndarray, number: int) -> tuple[np.ndarray | None, Tensor]:

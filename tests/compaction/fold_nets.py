@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,3 +121,20 @@ def graph_of(net: nn.Module) -> dk.UnitGraph:
 
 def dead_of(graph: dk.UnitGraph) -> dict[str, Tensor]:
     return {name: GONE for name, units in graph.units.items() if units == 12}
+
+
+IN_GROUPS = torch.arange(12) % 4 < 2
+
+
+def units_gone(stand_ins: int) -> Tensor:
+    """Of each group as many: two of four."""
+    return GONE if stand_ins == 1 else IN_GROUPS
+
+
+def padded(*reader: nn.Module, **how: Any) -> nn.Module:
+    reader = reader or (nn.Conv2d(12, 7, 3, padding=1),)
+    return made_constant(nn.Sequential(*first(nn.SiLU()), *reader, nn.ReLU(), *head(7)), **how).eval()
+
+
+def bits(net: nn.Module) -> list[Tensor]:
+    return [t.clone() for t in net.state_dict().values()]

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from fold_nets import GONE, IMAGES, MAPS, NETS, dead_of, first, graph_of, head, made_constant
+from fold_nets import GONE, IMAGES, MAPS, NETS, bits, dead_of, first, graph_of, head, made_constant, units_gone
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -47,104 +47,6 @@ def test_without_folding_the_function_changes() -> None:
         assert (net(IMAGES) - before).abs().max() > 1e-3, kind
 
 
-# --- where no bias can do it --------------------------------------------------------------------------------------------
-
-IN_GROUPS = torch.arange(12) % 4 < 2
-
-
-def units_gone(stand_ins: int) -> Tensor:
-    """Of each group as many: two of four."""
-    return GONE if stand_ins == 1 else IN_GROUPS
-
-
-@pytest.mark.parametrize("kind", MAPS)
-def test_another_constant_at_every_position_goes_exactly(kind: str) -> None:
-    torch.manual_seed(0)
-    make, stand_ins = MAPS[kind]
-    gone = units_gone(stand_ins)
-    net = made_constant(make(), gone=gone)
-    graph, before = graph_of(net), {}
-    optimizer = torch.optim.SGD(net.parameters(), 0.01)
-    for training in (True, False):
-        before[training] = copy.deepcopy(net).train(training)(IMAGES)
-    report = dk.compact(net, optimizer, graph=graph, dead={"2": gone}, fold_batches=[IMAGES[:4], IMAGES[4:]])
-    assert report.removed == {"2": int(gone.sum()) - stand_ins}, report
-    assert f"{stand_ins} dead units: they are not zero" in report.kept["2"] and "in place of those removed" in report.kept["2"]
-    assert all(f.stand_ins == stand_ins and f.change < 1e-12 and f.change_without > 0.01 for f in report.folded.values())
-    assert f"and {stand_ins} of the others" in str(report)
-    for training, output in before.items():
-        found = copy.deepcopy(net).train(training)(IMAGES)
-        torch.testing.assert_close(found, output, rtol=1e-10, atol=1e-10)
-    net.train()(IMAGES).square().sum().backward()
-    optimizer.step()
-
-
-@pytest.mark.parametrize("kind", MAPS)
-def test_a_bias_alone_would_not_do(kind: str) -> None:
-    """The nets above are a test of stand-ins only if a bias is no solution."""
-    torch.manual_seed(0)
-    make, stand_ins = MAPS[kind]
-    net = made_constant(make(), gone=units_gone(stand_ins)).eval()
-    graph, before = graph_of(net), net(IMAGES)
-    for reader in graph.readers:
-        reader.weight = None
-    folding = Folding(
-        [net], graph, {"2": units_gone(stand_ins)}, Batches([(IMAGES,)]), round_to=1, min_units=1, max_change=float("inf")
-    )
-    assert folding.keep.atoms.all(), "all stay: they are constant, and a bias is not exact"
-    assert "would need a bias of its own at every position" in folding.kept["2"] and torch.equal(net(IMAGES), before)
-
-
-def test_followers_have_stand_ins_with_constants_of_their_own() -> None:
-    torch.manual_seed(0)
-    net, copies = made_constant(MAPS["zero padding"][0]()).eval(), []
-    for shift in (0.5, -0.3):
-        copies.append(copy.deepcopy(net))
-        with torch.no_grad():
-            copies[-1][1].bias[GONE] += shift
-            copies[-1][3].weight.mul_(1 + shift)
-    before = [one(IMAGES) for one in (net, *copies)]
-    report = dk.compact(net, None, IMAGES, dead={"2": GONE}, fold_batches=[IMAGES], followers=copies)
-    assert report.removed == {"2": 3}
-    for one, output in zip((net, *copies), before):
-        torch.testing.assert_close(one(IMAGES), output, rtol=1e-10, atol=1e-10)
-
-
-def test_a_stand_in_costs_nothing_where_units_stay_for_a_width() -> None:
-    torch.manual_seed(0)
-    net = made_constant(MAPS["zero padding"][0]()).eval()
-    before = net(IMAGES)
-    report = dk.compact(net, None, IMAGES, dead={"2": GONE}, fold_batches=[IMAGES], round_to=3)
-    assert report.live_units["2"] == 9 and report.removed == {"2": 3}  # 8 live ones
-    torch.testing.assert_close(net(IMAGES), before, rtol=1e-10, atol=1e-10)
-
-
-def test_weights_that_something_else_reads_take_nothing_over() -> None:
-    """Two layers share a weight: no stand-in, so the constants stay."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        *first(nn.SiLU()), nn.Conv2d(12, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1), nn.ReLU(), *head(12)
-    )
-    net[5].weight = net[3].weight
-    net = made_constant(net).eval()
-    before, state = net(IMAGES), bits(net)
-    report = dk.compact(net, None, IMAGES, dead={"2": GONE}, fold_batches=[IMAGES])
-    assert "2" not in report.removed and torch.equal(net(IMAGES), before) and all(map(torch.equal, bits(net), state))
-
-
-def test_a_map_that_differs_from_unit_to_unit_stays() -> None:
-    """Behind a padded depthwise convolution every channel has borders of its own: no unit can stand in for another."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        *first(nn.SiLU()), nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.SiLU(), nn.Conv2d(12, 7, 1), nn.ReLU(), *head(7)
-    )
-    net = made_constant(net).eval()
-    graph, before, state = graph_of(net), net(IMAGES), bits(net)
-    report = dk.compact(net, None, graph=graph, dead=dead_of(graph), fold_batches=[IMAGES])
-    assert not report.changed and "without them 5 would need a bias of its own at every position" in report.kept["4"]
-    assert torch.equal(net(IMAGES), before) and all(map(torch.equal, bits(net), state))
-
-
 # --- approximately -----------------------------------------------------------------------------------------------------
 
 ROUGH: dict[str, Callable[[], nn.Sequential]] = {
@@ -180,10 +82,6 @@ def test_the_estimated_change_is_the_change(kind: str, scale: float) -> None:
     deviation = (before - before.mean((0, 2, 3), keepdim=True)).pow(2).sum()
     torch.testing.assert_close(torch.tensor(folded.change), (change.pow(2).sum() / deviation).sqrt().float())
     assert 0.001 < folded.change < folded.change_without
-
-
-def bits(net: nn.Module) -> list[Tensor]:
-    return [t.clone() for t in net.state_dict().values()]
 
 
 KEPT: dict[str, tuple[Callable[[], nn.Sequential], str]] = {

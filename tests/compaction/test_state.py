@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from nets import NETS, Chain, ResNet, inputs, kill, traced
 from torch import Tensor, nn
 
@@ -119,7 +118,7 @@ def test_skips_become_selections() -> None:
 def test_unprepared_torchvision_model_is_compacted_with_coupling() -> None:
     """One ReLU module for two calls, plain additions: a stage's channels go where they are dead in all of its blocks."""
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=4)
+    model = pytest.importorskip("torchvision").models.resnet18(num_classes=4)
     x = torch.randn(2, 3, 64, 64)
     graph = dk.UnitGraph.trace(model, x)
     assert graph.units["layer1.0.relu@0"] == 64 and graph.units["layer2.1.relu@1"] == 128

@@ -4,7 +4,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 import demp_kernels as dk
@@ -215,7 +214,7 @@ def test_parameter_used_as_a_plain_value_is_cut_where_it_has_an_axis() -> None:
 
 
 def test_tracing_leaves_the_model_alone() -> None:
-    model = torchvision.models.resnet18()
+    model = pytest.importorskip("torchvision").models.resnet18()
     model.bn1.eval()
     modes, rng = [m.training for m in model.modules()], torch.get_rng_state()
     state = {key: value.clone() for key, value in model.state_dict().items()}
