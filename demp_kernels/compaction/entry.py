@@ -63,8 +63,9 @@ def compact(
             linear layer and convolution loses goes into its bias, or off the running mean of the BatchNorm behind it.
             Constant units so go exactly. Where no bias can do that, because what a layer loses differs from position to
             position (borders of zero padding), one of them stays and its weights take the others' place, or all stay, if
-            that is not exact either. The report's `folded` tells, layer by layer, what change is left. A unit that something
-            else reads (an addition, a layer without bias) stays, with the reason.
+            that is not exact either. Constant is what is the same in all samples; these lie along the first dimension, and
+            two are enough. The report's `folded` tells, layer by layer, what change is left. A unit that something else
+            reads (an addition, a layer without bias) stays, with the reason.
             Without: units are removed as if they were zero. In training a constant may be another one: dropout in front of
             the reader scatters it, a gate scales it with the batch's statistics.
         max_change: with `fold_batches`: a layer whose output would change by more than this share of its standard deviation

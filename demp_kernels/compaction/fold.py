@@ -178,8 +178,8 @@ class Folding:
         return {path: _Alone(numbers[path], squares[path]) for path in squares}
 
 
-STANDS_IN = "{path} needs {count} of them in place of others: no bias is exact at every position"
-IS_A_MAP = "without them {path} would need a bias of its own at every position"
+STANDS_IN = "{path} needs {count} in place of others: no bias is exact at every position"
+IS_A_MAP = "{path} would need a bias of its own at every position otherwise"
 
 
 @dataclass
@@ -294,5 +294,5 @@ def _reasons(
         if not (found or rigid) and name in keep.widened:
             continue
         why = [*rigid, *found, "more than layers with a bias reads them"][0]
-        reasons[name] = f"{left.size} dead units: they are not zero, and {why}"
+        reasons[name] = f"{left.size} dead {'unit' if left.size == 1 else 'units'}: not zero, and {why}"
     return reasons
