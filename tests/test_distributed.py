@@ -13,7 +13,7 @@ import torch
 # Run by every rank. Normalisation is per sample and the optimiser linear in the gradient, so that splitting the batch
 # changes nothing but rounding (Adam would blow up the rounding of gradients that are nearly zero).
 SCRIPT = """
-import sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import gc, sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 import demp_kernels as dk
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,6 +51,8 @@ for step in range(12):
     live.append(list(demp.live_units.values()))
 flat = torch.cat([p.detach().flatten() for p in inner.parameters()])
 torch.save({"losses": losses, "live": live, "weights": flat}, f"{sys.argv[1]}.{world}.{rank}.pt")
+del model, demp, optimizer, task
+gc.collect()  # a wrapper that lives on keeps gloo's threads, which may then run into the interpreter's end: SIGABRT
 dist.destroy_process_group()
 """
 
@@ -58,7 +60,7 @@ dist.destroy_process_group()
 # nn.SyncBatchNorm computes, and DistributedDataParallel accepts it, on GPUs only: on the CPU both are stood in for, by
 # the definition (statistics of the global batch, gradients through the collectives).
 SYNC_SCRIPT = """
-import sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import gc, sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 import demp_kernels as dk
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -111,6 +113,8 @@ for step in range(8):
     live.append(list(demp.live_units.values()))
 weights = torch.cat([t.detach().flatten() for t in (*inner.parameters(), *inner.buffers()) if t.is_floating_point()])
 torch.save({"losses": losses, "live": live, "weights": weights, "counts": torch.cat(counts)}, f"{sys.argv[1]}.{world}.{rank}.pt")
+del model, demp, optimizer, task
+gc.collect()  # a wrapper that lives on keeps gloo's threads, which may then run into the interpreter's end: SIGABRT
 dist.destroy_process_group()
 """
 

@@ -7,6 +7,7 @@ every rank, because a checkpoint holds the random state of one.
 """
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -129,7 +130,13 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         yield
     except Stopped:
-        # left to the interpreter's end, gloo's threads are torn down as they run: now and then "terminate called" (SIGABRT)
-        dist.destroy_process_group()
+        _leave()
         raise
+    _leave()
+
+
+def _leave() -> None:
+    # Gloo's threads end with the last reference to the group, and a data-parallel wrapper has one for as long as its cycles
+    # live. Left to the interpreter's end they run into it: now and then "terminate called" (SIGABRT).
+    gc.collect()
     dist.destroy_process_group()

@@ -13,7 +13,7 @@ import torch
 # Every rank trains its share of a sharded model and, beside it, the whole one on the whole batch. Adam's eps is large, so
 # that gradients that are nearly zero stay what they are.
 SCRIPT = """
-import copy, sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import gc, copy, sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 import demp_kernels as dk
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -68,6 +68,8 @@ torch.save({
     "whole_moments": {name: optimizer_of_whole.state[p]["exp_avg"] for name, p in whole.named_parameters()},
     "sharded": all(p.to_local().numel() < p.numel() for p in model.parameters() if len(p) > 1),
 }, f"{sys.argv[1]}.{rank}.pt")
+del model, optimizer, task
+gc.collect()  # see tests/test_distributed.py
 dist.destroy_process_group()
 """
 

@@ -277,7 +277,7 @@ def test_a_gpu_is_not_made_to_wait_before_a_look(monkeypatch: pytest.MonkeyPatch
 
 
 SCRIPT = """
-import sys, time, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import gc, sys, time, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 import demp_kernels as dk
 from demp_kernels.training import policy
 from torch.nn.parallel import DistributedDataParallel
@@ -310,6 +310,8 @@ for step in range(10):
     clock.now += (1e-3 if step < 5 else 1.0) if rank else 1e-6
     demp.step()
 torch.save({"decisions": demp.report().decisions, "live": demp.live_units}, f"{sys.argv[1]}.{rank}.pt")
+del model, demp, optimizer
+gc.collect()  # see tests/test_distributed.py
 dist.destroy_process_group()
 """
 
