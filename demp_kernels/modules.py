@@ -39,6 +39,9 @@ class DemPActivation(nn.Module):
     seen: Tensor | None
     """Elements of each unit looked at since `reset_counts`, a scalar int64 tensor: a unit is dead when `seen` is
     positive and its `active` is zero."""
+    mixed: bool
+    """Whether the number of units has changed since `reset_counts`, as it does where one module is called at several places
+    of several widths: the counters are those of the last call only, and tell of no unit that it is dead."""
 
     def __init__(self, *, noise_std: float = 0.0, channel_dim: int = 1) -> None:
         super().__init__()
@@ -49,6 +52,7 @@ class DemPActivation(nn.Module):
         self.noise_std = float(noise_std)
         self.channel_dim = channel_dim
         self.active = self.seen = None
+        self.mixed = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DemPActivation:
         super()._apply(fn, recurse)
@@ -78,9 +82,14 @@ class DemPActivation(nn.Module):
         seen.add_(elements)
 
     def _counters(self, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`active` and `seen`, made anew if they are for other inputs."""
-        if self.active is None or self.seen is None or self.active.numel() != channels or self.active.device != device:
+        """`active` and `seen` on the inputs' device, made anew for another number of channels."""
+        if self.active is None or self.seen is None:
             self.allocate(channels, device)
+        elif self.active.numel() != channels:
+            self.allocate(channels, device)
+            self.mixed = True
+        elif self.active.device != device:
+            self.active, self.seen = self.active.to(device), self.seen.to(device)
         assert self.active is not None and self.seen is not None
         return self.active, self.seen
 
@@ -88,12 +97,14 @@ class DemPActivation(nn.Module):
         """Create zeroed counters for `channels` units, replacing those there are."""
         self.active = torch.zeros(channels, dtype=torch.int64, device=device)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
+        self.mixed = False
 
     def reset_counts(self) -> None:
         """Start a new window: zero the counters, if there are any."""
         if self.active is not None and self.seen is not None:
             self.active.zero_()
             self.seen.zero_()
+        self.mixed = False
 
     def select_units(self, kept: Tensor) -> None:
         """Keep the counters of the units `kept` (int64 indices) when the others are removed."""
@@ -101,8 +112,9 @@ class DemPActivation(nn.Module):
             self.active = self.active.index_select(0, kept.to(self.active.device))
 
     def dead(self) -> Tensor | None:
-        """(C,) bool: units that were looked at and never active since `reset_counts`; None if nothing was counted."""
-        if self.active is None or self.seen is None:
+        """(C,) bool: units that were looked at and never active since `reset_counts`; None if nothing was counted, or calls
+        of several widths were."""
+        if self.active is None or self.seen is None or self.mixed:
             return None
         return (self.active == 0) & (self.seen > 0)
 

@@ -129,10 +129,9 @@ def _choice(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
 def _silenced(model: nn.Module, graph: UnitGraph, dead: dict[str, Tensor]) -> Iterator[None]:
     """The model with the outputs of its dead units set to zero."""
     handles = []
-    modules = dict(model.named_modules())
-    for path in {a.module for a in graph.activations if a.name in dead}:
-        calls = [dead[a.name] for a in graph.calls_of(path)]
-        handles.append(modules[path].register_forward_hook(_silence(calls)))
+    for module, calls in graph.calls_of(model).items():
+        if calls[0].name in dead:
+            handles.append(module.register_forward_hook(_silence([dead[call.name] for call in calls])))
     try:
         yield
     finally:

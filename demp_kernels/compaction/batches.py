@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..graph.capture import evaluation_mode
 from ..graph.process_wide import without_compilation
 
-__all__ = ["Batches", "as_batches", "watch"]
+__all__ = ["Batches", "as_arguments", "as_batches", "watch"]
 
 
 def _of_one_process(tensors: list[Tensor]) -> None:
@@ -26,6 +26,11 @@ class Batches:
     add_up: Callable[[list[Tensor]], None] = _of_one_process
 
 
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """The positional arguments that a batch of inputs, a tensor or a tuple of them, stands for."""
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
 def as_batches(batches: Any, add_up: Callable[[list[Tensor]], None] = _of_one_process) -> Batches:
     """Batches out of an iterable of inputs (tensors, or tuples of positional arguments) or a function that returns one.
 
@@ -36,17 +41,20 @@ def as_batches(batches: Any, add_up: Callable[[list[Tensor]], None] = _of_one_pr
     found = batches() if callable(batches) else batches
     if not isinstance(found, Iterable) or isinstance(found, (str, Mapping, Tensor)):
         raise TypeError(f"fold_batches must be batches of inputs or a function that returns them, got {type(found).__name__}")
-    arguments = [tuple(batch) if isinstance(batch, (tuple, list)) else (batch,) for batch in found]
+    arguments = [as_arguments(batch) for batch in found]
     if not arguments:
         raise ValueError("fold_batches must have at least one batch, got none")
     return Batches(arguments, add_up)
 
 
-def watch(model: nn.Module, batches: Batches, hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> None:
-    """Forwards in evaluation mode; a hook, on a module, takes (module, args, kwargs, output)."""
+def watch(
+    model: nn.Module, batches: Iterable[tuple[Any, ...]], hooks: Sequence[tuple[nn.Module, Callable[..., None]]]
+) -> None:
+    """Forwards in evaluation mode, of the positional arguments that each batch has; a hook, on a module, takes (module, args,
+    kwargs, output)."""
     # compiled code would not call hooks that came after it
     with _watched(hooks), evaluation_mode(model), without_compilation():
-        for arguments in batches.arguments if hooks else ():
+        for arguments in batches if hooks else ():
             model(*arguments)
 
 

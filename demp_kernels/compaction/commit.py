@@ -35,6 +35,7 @@ class _Job:
     put: Callable[[Tensor], None]
     shape: tuple[int, ...]
     nbytes: int
+    is_gradient: bool = False
 
     def replace(self, content: Tensor) -> None:
         """Put the new content in place and let go of the old one."""
@@ -76,7 +77,8 @@ def commit(plan: Plan, states: Sequence[StateCut]) -> int:
     freed = 0
     for job, content in zip(shared, prepared):
         freed += job.tensor.nbytes - content.nbytes
-        job.replace(content)
+        if not job.is_gradient:
+            job.replace(content)
     if moved:
         compact_in_place_op(*_arguments(moved))
     for job in moved:
@@ -84,6 +86,9 @@ def commit(plan: Plan, states: Sequence[StateCut]) -> int:
         job.replace(_front(job.tensor, job.shape))
     for batch in batches:
         freed += _exchange(batch)
+    for job, content in zip(shared, prepared):
+        if job.is_gradient:  # by now its parameter has the new shape, whichever way that went
+            job.replace(content)
     torch.clear_autocast_cache()  # within an autocast it holds copies of weights as they were
     _finish(plan)
     return freed
@@ -93,14 +98,14 @@ def _jobs(plan: Plan, states: Sequence[StateCut]) -> list[_Job]:
     """Parameters and buffers, then gradients, then optimiser state: a gradient needs its parameter's new shape."""
     jobs = []
 
-    def add(tensor: Tensor, cut: Cut, shape: tuple[int, ...], put: Callable[[Tensor], None]) -> None:
-        jobs.append(_Job(tensor, cut, put, shape, math.prod(shape) * tensor.element_size()))
+    def add(tensor: Tensor, cut: Cut, shape: tuple[int, ...], put: Callable[[Tensor], None], is_gradient: bool = False) -> None:
+        jobs.append(_Job(tensor, cut, put, shape, math.prod(shape) * tensor.element_size(), is_gradient))
 
     for cut in plan.cuts:
         add(cut.tensor, cut, cut.shape, _content_of(cut.tensor))
     for cut in plan.cuts:
         if cut.tensor.grad is not None:
-            add(cut.tensor.grad, cut, cut.shape, _gradient_of(cut.tensor))
+            add(cut.tensor.grad, cut, cut.shape, _gradient_of(cut.tensor), is_gradient=True)
     for state in states:
         add(state.state[state.key], state.cut, state.cut.shape, state.put)
     return jobs

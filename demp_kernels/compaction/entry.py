@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,7 +25,7 @@ from .report import CompactionReport
 from .saved import saved_keep
 from .validate import validate
 
-__all__ = ["apply_saved", "as_followers", "compact"]
+__all__ = ["apply_saved", "as_followers", "check_followers", "compact", "counted_dead"]
 
 
 def compact(
@@ -109,9 +110,8 @@ def compact(
 def counted_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
     """Dead units by the counters: looked at and never active since they were reset."""
     dead = {}
-    for path, module in model.named_modules():
+    for module, calls in graph.calls_of(model).items():
         if isinstance(module, DemPActivation) and (mask := module.dead()) is not None:
-            calls = graph.calls_of(path)
             # the counter of several calls is their sum: zero only where all were silent
             dead.update({call.name: mask for call in calls if call.atoms.size == mask.numel()})
     return dead
@@ -227,8 +227,31 @@ def as_followers(followers: Any) -> list[nn.Module]:
     for one in found:
         if not isinstance(one, nn.Module):
             raise TypeError(f"followers must be a module or a list of modules, got {type(one).__name__}")
-    found = [getattr(one, "_orig_mod", one) for one in found]
-    return [one.module if isinstance(one, AveragedModel) else one for one in found]
+    return [_unwrapped(one) for one in found]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers of torch.compile, data parallelism and averages, however they are nested."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (AveragedModel, DataParallel, DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def check_followers(model: nn.Module, followers: Sequence[nn.Module]) -> None:
+    """Raises ValueError if one of `as_followers` has not the parameters that the model has."""
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    for number, follower in enumerate(followers):
+        found = {name: p.shape for name, p in follower.named_parameters(remove_duplicate=False)}
+        for name in shapes:
+            if found.get(name) != shapes[name]:
+                raise ValueError(
+                    f"followers[{number}] must be a copy of the model: {name} is {tuple(shapes[name])} in the model, "
+                    f"{tuple(found[name]) if name in found else 'missing'} in it"
+                )
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -249,6 +249,8 @@ def _nonzero(
 
     def count(name: str, dim: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            if output.shape[dim] != masks[name].numel():
+                return  # another call of the module
             others = [d for d in range(output.dim()) if d != dim]
             found = (output != 0).sum(others).double()
             counts[name] = counts[name] + found if name in counts else found
@@ -261,7 +263,7 @@ def _nonzero(
             (modules[a.module], count(a.name, a.dim)) for a in graph.activations if a.name in masks and a.module in modules
         ]
         if any(mask.any() for mask in masks.values()):
-            watch(model, batches, hooks)
+            watch(model, batches.arguments, hooks)
     batches.add_up(list(counts.values()))
     return {
         name: mask & (counts[name].cpu() > 0) if name in counts and counts[name].shape == mask.shape else mask

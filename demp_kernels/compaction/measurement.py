@@ -212,7 +212,7 @@ def inputs_of(model: nn.Module, graph: UnitGraph, keep: Keep, batches: Batches) 
     """Layer -> its inputs, for the layers that can be given a constant in place of some."""
     modules = _modules(model, graph)
     meters = {reader.path: _InputMeter() for reader in graph.readers if reader.into is not None and _loses(graph, reader, keep)}
-    watch(model, batches, [(modules[path], meter) for path, meter in meters.items()])
+    watch(model, batches.arguments, [(modules[path], meter) for path, meter in meters.items()])
     return {path: meter.finish(path, batches) for path, meter in meters.items()}
 
 
@@ -233,7 +233,7 @@ def losses(
         classes = graph.flow.atoms(reader.slot)
         same = constant.get(path, np.zeros(classes.shape, bool))
         meters[path] = _Meter(path, classes, ~keep.atoms[classes], same, alone is not None, stand_ins.get(path), number)
-    watch(model, batches, [(modules[path], meter) for path, meter in meters.items()])
+    watch(model, batches.arguments, [(modules[path], meter) for path, meter in meters.items()])
     for path, reader in readers.items():
         yield reader, meters[path].finish(keep.atoms[graph.axes[str(reader.into), 0]], batches)
 

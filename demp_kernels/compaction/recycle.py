@@ -36,8 +36,8 @@ def recycle(
     weights zero, and the optimiser's state of both zero. The function does not change, since nobody reads the units yet;
     the gradient of the outgoing weights brings them back.
 
-    Units stay as they are where something else reads them: a residual sum with a selection would pass them on, and of a
-    bare parameter it is not known what it does.
+    Units stay as they are where something else than a layer reads them, of which no weight can be made zero: a sum over units, a
+    product, a residual sum with a selection, which would pass them on; and of a bare parameter it is not known what it does.
 
     Args:
         graph, dead: as for `compact`.
@@ -53,6 +53,7 @@ def recycle(
     for (name, _), atoms in graph.axes.items():
         if not isinstance(modules[name.rpartition(".")[0]], KNOWN):
             keep.atoms[atoms] = True
+    keep.atoms[graph.flow.atom_of[graph.flow.foreign]] = True
     for selection in graph.selections:
         if isinstance(modules[selection.name], SelectiveAdd):
             keep.atoms[graph.flow.atoms(selection.skip)] = True

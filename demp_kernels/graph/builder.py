@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -53,7 +54,7 @@ class Builder:
         self.atoms = Atoms()
         self.flow = Flow()
         self.axes: dict[tuple[str, int], ParameterAxis] = {}
-        self.blocks: list[tuple[str, np.ndarray]] = []
+        self.blocks: dict[str, np.ndarray] = {}
         self.attributes: list[tuple[str, str, np.ndarray]] = []
         self.activations: list[Activation] = []
         self.selections: list[Selection] = []
@@ -78,6 +79,10 @@ class Builder:
         self._calls: dict[str, int] = {}
         self._activation_calls: dict[tuple[str, str | None], int] = {}
         self._known: dict[tuple[str, str | None, int], int] = {}
+        self._called: dict[tuple[str, str | None], list[tuple[int, np.ndarray]]] = {}
+        """Activation -> graph and units of each call."""
+        self._graph = 0
+        """Number of the graph that is walked, from 1."""
         self._canonical = _canonical_names(model)
         self._position: dict[fx.Node, int] = {}
         self._never_zero = {self._uniform_slot}
@@ -97,6 +102,7 @@ class Builder:
         self._calls = _module_calls(captured.nodes)
         self.uses.clear()
         self._activation_calls.clear()
+        self._graph += 1
         for node in captured.nodes:
             self._node = node
             if node.op == "placeholder":
@@ -113,12 +119,25 @@ class Builder:
             elif node.op == "call_function":
                 self.env[node] = self._call(node)
                 self._write_back(node)
+                if not node.users and node.target is not operator.getitem:
+                    # whoever asks for it elsewhere (a head that is returned in training only) finds it whole
+                    self.pin(self.env[node], f"{origin(node)} is computed, and used nowhere")
             elif node.op == "output":
                 self.output_shapes = self.output_shapes or [_shape(x) for x in node.all_input_nodes if _shape(x)]
                 for source in node.all_input_nodes:
                     self.pin(self._env_value(source), f"{origin(source)} is an output of the model")
             else:
                 self.env[node] = None
+        self._pin_shifted_calls()
+
+    def _pin_shifted_calls(self) -> None:
+        """Keep the units of activations that training calls more, or fewer, times than evaluation: it is not known which of
+        the calls are the same."""
+        for (base, _), calls in self._called.items():
+            counts = Counter(graph for graph, _ in calls)
+            if len(set(counts.values())) > 1:
+                for _, atoms in calls:
+                    self.atoms.pin(atoms, f"{base} is called {' or '.join(map(str, sorted(counts.values())))} times")
 
     def _call(self, node: fx.Node) -> Any:
         found = RULES.get(node.target)
@@ -188,7 +207,7 @@ class Builder:
             self.makes(parameter, value)
         else:
             atoms = self.atoms.fresh(*parameter.shape)
-            self.blocks.append((parameter.name, atoms))
+            self.blocks[parameter.name] = atoms
             value = self.source(parameter.shape, atoms)
         self._blocks_seen[parameter.name] = value
         return value
@@ -213,7 +232,9 @@ class Builder:
         base = path if kind is None else ".".join(filter(None, [path, kind]))
         call = self._activation_calls.get((base, kind), 0)
         self._activation_calls[base, kind] = call + 1
-        if (base, kind, call) not in self._known:
+        self._called.setdefault((base, kind), []).append((self._graph, atoms))
+        known = self._known.get((base, kind, call))
+        if known is None or self.activations[known].atoms.shape != atoms.shape:
             name = base
             if kind is not None:
                 numbered = itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1)))
@@ -314,7 +335,7 @@ class Builder:
         """The entries along `dim` of a parameter belong to `atoms`."""
         if parameter is None:
             return
-        if parameter.name in dict(self.blocks):
+        if parameter.name in self.blocks:
             self.pin(self._blocks_seen[parameter.name], f"parameter {parameter.name} is used in two ways")
         key = (parameter.name, parameter.dims[dim])
         if key not in self.axes:

@@ -77,9 +77,12 @@ class Flow:
         """Entries read by a convolution or linear layer, which needs those that are not zero."""
         self.rigid = np.empty(0, bool)
         """Those of them of which a reader cannot do without a constant."""
+        self.foreign = np.empty(0, bool)
+        """Those of them that something else than a layer reads."""
         self._atoms: list[np.ndarray] = []
         self._sinks: set[int] = set()
         self._rigid_sinks: set[int] = set()
+        self._foreign_sinks: set[int] = set()
 
     # --- building ---
 
@@ -89,8 +92,11 @@ class Flow:
         self._atoms.append(atoms.ravel())
         return len(self.slots) - 1
 
-    def contract(self, slot: int, *, takes_constants: bool = False) -> None:
-        """A slot is read by a sum over its entries. takes_constants: what a constant entry gives can be added elsewhere."""
+    def contract(self, slot: int, *, takes_constants: bool = False, by_layer: bool = False) -> None:
+        """A slot is read by a sum over its entries. takes_constants: what a constant entry gives can be added elsewhere.
+        by_layer: the sum is that of a layer, with weights of its own."""
+        if not by_layer:
+            self._foreign_sinks.add(slot)
         self._sinks.add(slot)
         if not takes_constants:
             self._rigid_sinks.add(slot)
@@ -103,8 +109,9 @@ class Flow:
             wanted: slots to remember even if all of their entries are pinned.
         """
         self.atom_of = roots[np.concatenate(self._atoms)] if self._atoms else np.empty(0, np.int64)
-        self.contracted, self.rigid = np.zeros((2, self.atom_of.size), bool)
-        for slots, entries in ((self._sinks, self.contracted), (self._rigid_sinks, self.rigid)):
+        self.contracted, self.rigid, self.foreign = np.zeros((3, self.atom_of.size), bool)
+        sinks = ((self._sinks, self.contracted), (self._rigid_sinks, self.rigid), (self._foreign_sinks, self.foreign))
+        for slots, entries in sinks:
             for slot in slots:
                 entries[self.slots[slot].span] = True
         self._atoms.clear()
@@ -132,7 +139,7 @@ class Flow:
                     span = self.slots[link.slot].span
                     assert not isinstance(link.source, slice)  # links become narrow later
                     read = span if link.source is None else span.start + link.source
-                    self.contracted[read] = self.rigid[read] = True
+                    self.contracted[read] = self.rigid[read] = self.foreign[read] = True
                 elif link.slot in dropped and step.kind == "sum":
                     step.kind = "affine"
             if step.slot not in dropped:
@@ -143,7 +150,11 @@ class Flow:
         self.slots = [
             Slot(int(before[s.start]), int(before[s.start + s.size] - before[s.start])) for s in self.slots
         ]
-        self.atom_of, self.contracted, self.rigid = (a[stays] for a in (self.atom_of, self.contracted, self.rigid))
+        self._select(stays)
+
+    def _select(self, entries: np.ndarray) -> None:
+        self.atom_of, self.contracted = self.atom_of[entries], self.contracted[entries]
+        self.rigid, self.foreign = self.rigid[entries], self.foreign[entries]
 
     def atoms(self, slot: int) -> np.ndarray:
         return self.atom_of[self.slots[slot].span]
@@ -231,7 +242,7 @@ class Flow:
                 _shrink(link, source.span, target.span, entries, place)
         offsets = place[[slot.start for slot in self.slots] + [entries.size]].tolist()
         self.slots = [Slot(a, b - a) for a, b in zip(offsets[:-1], offsets[1:])]
-        self.atom_of, self.contracted, self.rigid = (a[entries] for a in (self.atom_of, self.contracted, self.rigid))
+        self._select(entries)
 
 
 def _run(index: np.ndarray) -> slice | None:

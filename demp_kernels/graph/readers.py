@@ -26,7 +26,8 @@ FORWARDS = {kind.forward for kind in LAYERS}
 def reads(b: Builder, node: fx.Node, x: Value, bias: Parameter | None) -> None:
     """`node`, a convolution or a linear layer, contracts the units of `x`."""
     reader = _reader(b, node, x, bias)
-    b.flow.contract(x.slot, takes_constants=reader.into is not None)
+    own = type(b.owner(node)[1]).forward in FORWARDS
+    b.flow.contract(x.slot, takes_constants=reader.into is not None, by_layer=own)
     b.readers.append(reader)
 
 

@@ -143,7 +143,7 @@ def linear(b: Builder, node: fx.Node) -> Value:
     """Weight (out, in), units in the last dimension."""
     x_node, w_node, bias_node = arguments(node, "input", "weight", "bias")
     x, parameters = b.value(x_node), _parameters(b, w_node, bias_node)
-    if x is None or parameters is None or parameters[0] is None:
+    if x is None or parameters is None or parameters[0] is None or len(parameters[0].shape) != 2:
         return NotImplemented
     weight, bias = parameters
     shape, last = output_shape(node), len(x.shape) - 1
@@ -186,7 +186,11 @@ def instance_norm(b: Builder, node: fx.Node) -> Value:
     if any(one is not None for one in nodes[1:]):
         return _channel_norm(b, node, nodes)
     x = b.value(nodes[0])  # without parameters and statistics a channel of zeros stays one
-    return NotImplemented if x is None else b.same(b.uniform_except(x, 1))
+    if x is None:
+        return NotImplemented
+    x = b.uniform_except(x, 1)
+    b.attribute(b.owner(node)[0], "num_features", x.axis(1))
+    return b.same(x)
 
 
 @rule("group_norm.default")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..norm_modules import DemPBatchNormAct2d
 from . import rules_layers, rules_pointwise, rules_products, rules_recurrent, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
 from .atoms import PINNED
 from .builder import Builder
-from .capture import as_tuple, capture, materialise, origin
+from .capture import AnalysisError, as_tuple, capture, materialise, origin
 from .flow import Flow
 from .gates import find_gates
 from .probe import ask
@@ -128,8 +129,9 @@ class UnitGraph:
     def trace(cls, model: nn.Module, example_inputs: Any) -> UnitGraph:
         """Analyse `model` on its ATen graph (torch.export, evaluation mode, fake tensors).
 
-        Nothing of the model changes, and nothing is computed; module modes come back exactly. Parameters that only a
-        training forward uses (auxiliary heads) are followed in a second graph.
+        Nothing of the model changes, and nothing is computed; module modes come back exactly. What only a training forward
+        does (auxiliary heads, features that it returns) is followed in a second graph, where the code looks at `training` or
+        the first graph leaves parameters unread.
 
         Args:
             example_inputs: a tensor or a tuple of the forward's positional arguments; meta tensors will do.
@@ -142,16 +144,19 @@ class UnitGraph:
         _refuse_converted(model)
         inputs = materialise(model, as_tuple(example_inputs))
         captures = [capture(model, inputs)]
+        if _looks_at_training(model):
+            with suppress(AnalysisError):  # a training forward may want more, targets say; the other way is the one to follow then
+                captures.append(capture(model, inputs, leaves_only=True))
         choices: dict[fx.Node, int] = {}
         pins: dict[tuple[str, int], str] = {}
         for _ in range(ATTEMPTS):
             builder = Builder(model, choices)
-            builder.run(captures[0])
+            for captured in captures:
+                builder.run(captured)
             untraced = _untraced(model, builder)
-            if untraced:
+            if untraced and len(captures) == 1:
                 # heads that run in training only read units too; their graph shares parameters and units with the first
-                if len(captures) == 1:
-                    captures.append(capture(model, inputs, leaves_only=True))
+                captures.append(capture(model, inputs, leaves_only=True))
                 builder.run(captures[1])
                 untraced = _untraced(model, builder)
             for key, reason in pins.items():
@@ -194,9 +199,14 @@ class UnitGraph:
             self._gates = find_gates(self)
         return self._gates
 
-    def calls_of(self, module: str) -> list[ActivationUnits]:
-        """The calls of the activation module at a path."""
-        return [a for a in self.activations if a.module == module]
+    def calls_of(self, model: nn.Module) -> dict[nn.Module, list[ActivationUnits]]:
+        """The calls of each activation module of `model`, in the order of the forward. A module may go by several paths."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        calls: dict[nn.Module, list[ActivationUnits]] = {}
+        for a in self.activations:
+            if a.module in modules:
+                calls.setdefault(modules[a.module], []).append(a)
+        return calls
 
     # --- what stays ---
 
@@ -396,7 +406,7 @@ def _block_axes(
     Returns (axes as (name, dimension, atoms), reasons for the classes of parameters that have no such axis).
     """
     axes, split = [], {}
-    for name, atoms in built.blocks:
+    for name, atoms in built.blocks.items():
         found = [d for d in range(atoms.ndim) if atoms.shape[d] > 1 and _depends_on(roots[atoms], d)]
         if len(found) == 1:
             d = found[0]
@@ -420,6 +430,16 @@ def _without_memory(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _untraced(model: nn.Module, built: Builder) -> list[str]:
     """Parameters that the captured graphs never read."""
     return [name for name, _ in model.named_parameters() if name not in built.used]
+
+
+def _looks_at_training(model: nn.Module) -> bool:
+    """Whether the code of a module with children, not one of torch's, mentions `training`. Childless ones are analysed as in
+    evaluation either way."""
+    kinds = {base for m in model.modules() if next(m.children(), None) is not None for base in type(m).__mro__}
+    return any(
+        "training" in getattr(getattr(member, "__code__", None), "co_names", ())
+        for kind in kinds if not kind.__module__.startswith(("torch.", "demp_kernels.")) for member in vars(kind).values()
+    )
 
 
 def _refuse_converted(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ class DemPCallback(TrainerCallback):
         network: a model from `prepare` (or with DemP activations and `example_inputs=`), the Trainer's model or part of it.
         options: of `DemP`; total_steps is by default the Trainer's max_steps.
 
-    Raises ValueError when training starts with several processes.
+    Raises ValueError when training starts with several processes, or several GPUs in one.
     """
 
     demp: DemP | None = None
@@ -43,6 +43,9 @@ class DemPCallback(TrainerCallback):
     ) -> None:
         if args.world_size > 1:
             raise ValueError(f"DemPCallback works in one process, got {args.world_size}: write the loop for DDP yourself")
+        if args.n_gpu > 1:
+            # torch.nn.DataParallel's replicas count for themselves, and are thrown away
+            raise ValueError(f"DemPCallback works with one GPU, got {args.n_gpu}: set CUDA_VISIBLE_DEVICES")
         # accelerate wraps the optimiser; DemP shrinks the state of the one inside
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self.demp = DemP(self.network, optimizer, **{"total_steps": state.max_steps, **self.options})

@@ -4,8 +4,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -36,16 +36,19 @@ SETTINGS_FILE = "comparison.json"
 class Comparison:
     """What is compared.
 
-    methods: of `METHODS`. seeds: runs of each, with seeds 0, 1, ... peak_penalties: a "demp" run for each. target_flops: a
-    "demp-fast" run for each, the share of the operations that it steers to; empty: the preset's. sparsities: parameter
-    sparsities of the rivals; empty: each DemP run's own, so that they are matched seed by seed.
+    methods: of `METHODS`. seeds: runs of each, with seeds 0, 1, ... peak_penalties: a "demp" run for each. target_flops,
+    target_sparsities: a "demp-fast" run for each, the share of the operations that it steers to, or of the parameters that
+    is to go; both empty: the preset's. sparsities: parameter sparsities of the rivals; empty: each DemP run's own, so that
+    they are matched seed by seed. fast: what the demp-fast runs change in the settings.
     """
 
     methods: tuple[str, ...] = OURS
     seeds: int = 3
     peak_penalties: tuple[float, ...] = ()
     target_flops: tuple[float, ...] = ()
+    target_sparsities: tuple[float, ...] = ()
     sparsities: tuple[float, ...] = ()
+    fast: Mapping[str, Any] = field(default_factory=lambda: PRESETS["fast"])
 
     def check(self) -> None:
         """Raises RecipeError for a wrong choice."""
@@ -61,7 +64,10 @@ class Comparison:
         for penalty in self.peak_penalties:
             if not penalty > 0:
                 raise RecipeError(f"peak-penalty must be above 0, got {penalty}")
-        for name, shares in (("target-flops", self.target_flops), ("sparsity", self.sparsities)):
+        given = {
+            "target-flops": self.target_flops, "target-sparsity": self.target_sparsities, "sparsity": self.sparsities
+        }
+        for name, shares in given.items():
             for share in shares:
                 if not 0 < share < 1:
                     raise RecipeError(f"{name} must be between 0 and 1, got {share}")
@@ -74,7 +80,7 @@ class Run:
     """One finished run of the comparison.
 
     level: "" (dense), "penalty 0.03", "flops 0.2" (DemP's peak and budget; for a rival, those of the DemP run it matches) or
-        "sparsity 0.9".
+        "sparsity 0.9" (a rival's, or DemP's budget).
     sparsity, neuron_sparsity: shares of the dense network's parameters and units that are gone; None where a method does not
         tell its units.
     inference_ms: median of a batch of up to 128 test images, without gradients, of the finished plain network.
@@ -184,9 +190,12 @@ def _demp_runs(settings: TrainSettings, comparison: Comparison) -> list[tuple[st
         for penalty in comparison.peak_penalties or (settings.peak_penalty,):
             runs.append(("demp", f"penalty {penalty:g}", {"peak_penalty": penalty}))
     if "demp-fast" in comparison.methods:
-        fast = PRESETS["fast"]
-        for share in comparison.target_flops or (fast["target_flops"],):
-            runs.append(("demp-fast", f"flops {share:g}", {**fast, "target_flops": share, "steer_until": settings.steer_until}))
+        fast = dict(comparison.fast)
+        shares = comparison.target_flops or (() if comparison.target_sparsities else (PRESETS["fast"]["target_flops"],))
+        for share in shares:
+            runs.append(("demp-fast", f"flops {share:g}", {**fast, "target_flops": share}))
+        for share in comparison.target_sparsities:
+            runs.append(("demp-fast", f"sparsity {share:g}", {**fast, "target_flops": None, "target_sparsity": share}))
     return runs
 
 

@@ -5,6 +5,7 @@ import argparse
 from typing import Any
 
 from .compare import METHODS, OURS, Comparison, compare
+from .settings import PRESETS
 from .train_command import add_flags, settings_from
 
 __all__ = ["add_parser"]
@@ -37,6 +38,10 @@ def add_parser(commands: Any) -> None:
         "--target-flops", type=float, nargs="+", metavar="X",
         help="a demp-fast run for each: share of the operations that it steers to (default: that of --preset fast)",
     )
+    group.add_argument(
+        "--target-sparsity", type=float, nargs="+", metavar="X",
+        help="a demp-fast run for each: share of the parameters that it steers to be without",
+    )
     group.add_argument("--sparsity", type=float, nargs="+", metavar="X", help="parameter sparsities of the rivals")
     add_flags(parser, without=REPLACED)
     parser.set_defaults(run=_run)
@@ -46,12 +51,13 @@ def _run(chosen: argparse.Namespace) -> None:
     given = vars(chosen)
     names = {
         "methods": "methods", "seeds": "seeds", "peak_penalty": "peak_penalties", "target_flops": "target_flops",
-        "sparsity": "sparsities",
+        "target_sparsity": "target_sparsities", "sparsity": "sparsities",
     }
-    choices = {
+    choices: dict[str, Any] = {
         name: tuple(given[flag]) if isinstance(given[flag], list) else given[flag]
         for flag, name in names.items() if flag in given
     }
-    for flag in ("peak_penalty", "target_flops"):
+    choices["fast"] = {name: value for name, value in PRESETS["fast"].items() if name not in given}
+    for flag in ("peak_penalty", "target_flops", "target_sparsity"):
         given.pop(flag, None)
     compare(settings_from(chosen), Comparison(**choices))

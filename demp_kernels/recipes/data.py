@@ -77,6 +77,8 @@ class TensorBatches:
         self.offset = (-mean / std).view(-1, 1, 1)
         self.batch_size, self.training, self.shift, self.flip, self.resize = batch_size, training, shift, flip, resize
         self.order, self.ranks = EpochOrder(seed), ranks
+        # of its own: a method that scans must get the same batches to train on as one that does not
+        self._scans = torch.Generator().manual_seed(seed)
 
     @property
     def samples(self) -> int:
@@ -104,7 +106,7 @@ class TensorBatches:
 
     def scan(self, count: int = SCANNED) -> Iterator[Tensor]:
         """`count` images (or all there are), fresh ones each time, not augmented, in batches."""
-        chosen = torch.randperm(self.samples, generator=self.order.generator)[:count].to(self.images.device)
+        chosen = torch.randperm(self.samples, generator=self._scans)[:count].to(self.images.device)
         for index in chosen.split(self.batch_size):
             index = index[self.ranks.share(len(index))]
             if len(index):
@@ -112,10 +114,11 @@ class TensorBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the passes over the data are, of training batches."""
-        return self.order.state_dict()
+        return {"order": self.order.state_dict(), "scans": self._scans.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order.load_state_dict(state)
+        self.order.load_state_dict(state["order"])
+        self._scans.set_state(state["scans"])
 
     def _pixels(self, images: Tensor) -> Tensor:
         images = torch.addcmul(self.offset, images.float(), self.scale)

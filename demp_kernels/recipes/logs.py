@@ -4,7 +4,7 @@ from __future__ import annotations
 import csv
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import RecipeError, need
 from .loop import RunResult
@@ -20,17 +20,21 @@ loss: mean of the task loss since the row before; accuracy: on the test images, 
 
 
 class CsvLog:
-    """Rows of all runs in one file, on disk as soon as they are known. Raises RecipeError if they cannot be written."""
+    """Rows of all runs in one file, on disk as soon as they are known. Raises RecipeError if they cannot be written.
+
+    What the file holds is replaced at the first row, not before: a resumed run's rows come once its checkpoint was loaded.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
+        self._file: IO[str] | None = None
 
     def row(self, result: RunResult, row: dict[str, Any]) -> None:
         try:
-            self._writer.writerow({name: _short(value) for name, value in row.items()})
+            if self._file is None:
+                self._file = self._path.open("w", newline="")
+                csv.DictWriter(self._file, COLUMNS).writeheader()
+            csv.DictWriter(self._file, COLUMNS).writerow({name: _short(value) for name, value in row.items()})
             self._file.flush()
         except OSError as error:
             raise RecipeError(f"{self._path} cannot be written: {error.strerror}") from error
@@ -40,8 +44,9 @@ class CsvLog:
             self.row(result, row)
 
     def close(self) -> None:
-        with suppress(OSError):  # a row that could not be written is still in the buffer, and was reported
-            self._file.close()
+        if self._file is not None:
+            with suppress(OSError):  # a row that could not be written is still in the buffer, and was reported
+                self._file.close()
 
 
 class TensorBoardLog:

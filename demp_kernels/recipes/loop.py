@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..compaction import CompactionError
 from ..graph import PrepareError
 from ..training import CheckpointError, load_checkpoint, save_checkpoint
-from ..training.distributed import mean_over_ranks, rebuild_wrapper, sum_counters
+from ..training.distributed import forget_compiled, mean_over_ranks, sum_counters
 from .data import ImageData, load_data
 from .errors import RecipeError
 from .flops import count_flops, count_parameters
@@ -176,9 +176,8 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         changed = self.method.step(task)
         self.schedule.step()
-        if changed and self.settings.compile:
-            # every removal is a new shape; after eight of one function torch.compile would go on without compiling
-            torch.compiler.reset()
+        if changed:
+            forget_compiled(self._step_model)
         return task, changed
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -209,6 +208,8 @@ class Training:
     def save(self, path: Path) -> None:
         """A checkpoint from which `load` goes on bit for bit, written by rank 0. Raises RecipeError if it cannot be."""
         tasks = self.ranks.gathered(self._task)
+        if self.method.controller is not None:
+            self.method.controller.pool_counters()
         if not self.ranks.first:
             return
         self.clock.flush()
@@ -233,7 +234,7 @@ class Training:
         """Go on from a checkpoint of the same run. Returns the threads and the processes that it was made with: with other
         numbers the last bits differ. Raises RecipeError if it is damaged or of another run; this object is of no use then."""
         try:
-            extra = load_checkpoint(path, self.model, self.optimizer, self.method.controller)
+            extra = load_checkpoint(path, self._step_model, self.optimizer, self.method.controller)
             saved = extra["training"]
             result = RunResult(**saved["result"])
             if (result.name, result.total_steps) != (self.result.name, self.result.total_steps):
@@ -249,7 +250,6 @@ class Training:
             made_with = saved["threads"], saved["processes"]
         except (CheckpointError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise RecipeError(f"out cannot be resumed: {' '.join(str(error).split())}") from error
-        rebuild_wrapper(self._wrapped)
         for watcher in self.watchers:
             watcher.restored(result)
         return made_with

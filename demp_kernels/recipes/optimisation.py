@@ -32,7 +32,10 @@ class DecoupledSGD(torch.optim.SGD):
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             if group["decoupled_decay"] and with_gradient:
-                torch._foreach_mul_(with_gradient, 1 - group["lr"] * group["decoupled_decay"])
+                decay = group["lr"] * group["decoupled_decay"]
+                # GradScaler's word, a tensor: 1 where the fused step that follows leaves the weights as they are
+                overflow = getattr(self, "found_inf", None)
+                torch._foreach_mul_(with_gradient, 1 - (decay if overflow is None else decay * (1 - overflow)))
         return super().step(closure)
 
 

@@ -21,7 +21,7 @@ __all__ = ["headline_rows", "summary", "terminal_table", "write_report", "write_
 
 
 def summary(
-    runs: list[RunResult], settings: TrainSettings, data: ImageData, facts: dict[str, Any]
+    runs: list[RunResult], settings: TrainSettings, data: ImageData, facts: dict[str, Any], *, interrupted: bool
 ) -> dict[str, Any]:
     """What summary.json holds.
 
@@ -41,7 +41,7 @@ def summary(
         "total_units": total,
         "speedup": dense.train_seconds / demp.train_seconds if both else None,
         "layers": {name: {"live": demp.live[name], "total": demp.total[name]} for name in demp.total} if demp else {},
-        "interrupted": not all(run.finished for run in runs),
+        "interrupted": interrupted,
         "data": {
             "name": data.name, "train_images": data.train.samples, "train_images_there": data.train_total,
             "test_images": data.test.samples, "classes": data.classes, "image_size": data.image_size,

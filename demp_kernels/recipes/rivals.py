@@ -18,6 +18,7 @@ ten batches as in the experiments of arXiv 2403.07688. L1, Li et al., arXiv 1608
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,7 @@ from torch.optim import Optimizer
 
 from ..compaction import compact
 from ..graph import UnitGraph, prepare, remembered_inputs
+from ..graph.units import ActivationUnits
 from ..modules import DemPActivation
 from ..training.budget import lowest_units
 from ..training.distributed import unwrap
@@ -101,24 +103,20 @@ def _gate_scores(
 @contextmanager
 def _gated(model: nn.Module, graph: UnitGraph, gates: dict[str, Tensor]) -> Iterator[None]:
     """Multiply what each call of an activation gives by its gate."""
-    calls: dict[str, int] = {}
 
-    def gate(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        names = [call.name for call in graph.calls_of(path)]
+    def gate(calls: list[ActivationUnits]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        names = itertools.cycle(call.name for call in calls)
 
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            name = names[calls.get(path, 0) % len(names)]
-            calls[path] = calls.get(path, 0) + 1
             shape = [1] * y.dim()
             shape[module.channel_dim] = -1
-            return y * gates[name].view(shape)
+            return y * gates[next(names)].view(shape)
 
         return multiply
 
     hooks = [
-        module.register_forward_hook(gate(path))
-        for path, module in model.named_modules()
-        if isinstance(module, DemPActivation) and graph.calls_of(path)
+        module.register_forward_hook(gate(calls))
+        for module, calls in graph.calls_of(model).items() if isinstance(module, DemPActivation)
     ]
     try:
         yield

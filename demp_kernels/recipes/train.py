@@ -82,7 +82,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     runs = [run for run in runs if run.rows]
     if stopped is not None and not runs:
         raise stopped
-    content = report.summary(runs, settings, data, facts)
+    content = report.summary(runs, settings, data, facts, interrupted=stopped is not None)
     if ranks.first:
         files = _write(out, runs, content)
         console.print(report.terminal_table(content))

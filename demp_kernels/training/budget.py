@@ -63,7 +63,7 @@ def flops_cost(model: nn.Module, example_inputs: tuple[Any, ...], block: int = 1
 
 def lowest_units(
     model: nn.Module, graph: UnitGraph, scores: Mapping[str, Tensor], budget: float, *, cost: Cost | None = None,
-    round_to: int = 1, floor: float = 0.0,
+    round_to: int = 1, floor: float = 0.0, min_units: int = 1,
 ) -> dict[str, Tensor]:
     """The units to remove, activation name -> (units,) bool: as few of the lowest scores as bring the cost of the model
     (by default its parameters) down to `budget`.
@@ -71,12 +71,12 @@ def lowest_units(
     Args:
         scores: activation name -> (units,), low for what is to go; all layers are compared together.
         round_to: of every layer a multiple of this stays, where it had as many.
-        floor: share of the units at the analysis that every layer keeps; one stays anyway.
+        floor, min_units: share of the units at the analysis, and number, that every layer keeps.
 
     If the budget is out of reach, all that may go.
     """
     cost = cost or parameter_cost(model)
-    order = torch.cat([scores[name].flatten() for name in graph.units]).argsort(stable=True)
+    order = torch.cat([scores[name].flatten().cpu() for name in graph.units]).argsort(stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     ranks = dict(zip(graph.units, rank.split(list(graph.units.values()))))
@@ -85,7 +85,7 @@ def lowest_units(
         dead = {}
         for name, of_units in ranks.items():
             units = len(of_units)
-            left = max(1, round(floor * graph.total_units[name]), units - int((of_units < count).sum()))
+            left = max(min_units, round(floor * graph.total_units[name]), units - int((of_units < count).sum()))
             left = min(units, -(-left // round_to) * round_to)
             dead[name] = of_units.argsort().argsort() < units - left
         return dead

@@ -19,7 +19,7 @@ from ..compaction.state_checks import check_model_state, check_optimizer_states,
 from ..graph import UnitGraph, remembered_inputs
 from .checkpoint_file import CheckpointError, read_file, write_file
 from .controller import DemP
-from .distributed import unwrap
+from .distributed import refit_wrappers, unwrap
 from .random_state import check_random_state, random_state, restore_random_state
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
@@ -41,7 +41,8 @@ def save_checkpoint(
     Args:
         model: the (compacted) model, wrapped or not.
         optimizer, demp: saved when given. The widths come from `demp`; without it the model is saved as it is and
-            loads into a model of the same widths only.
+            loads into a model of the same widths only. Where rank 0 saves for several ranks, call `demp.pool_counters()` on
+            all of them before: what each saw since the last look is in counters of its own.
         extra: plain values and tensors of the caller's own, returned by `load_checkpoint`.
 
     Raises OSError if the file cannot be written (disk full, no permission): what was at `path` before is unchanged.
@@ -74,7 +75,8 @@ def load_checkpoint(
 
     Args:
         path: a file from `save_checkpoint`. It is read with `weights_only=True`: no code in it ever runs.
-        model: built as the saved one was at its start: same class, same `prepare`.
+        model: built as the saved one was at its start: same class, same `prepare`. It may be wrapped (torch.compile,
+            DistributedDataParallel); each rank loads.
         optimizer, demp: filled when given and saved. Copies that follow (`DemP(followers=...)`) get the widths; their
             values are the caller's, for example in `extra`.
         example_inputs: for the analysis of a model that was not made by `prepare`, when `demp` is not given.
@@ -84,7 +86,7 @@ def load_checkpoint(
     Raises: FileNotFoundError; CheckpointError for a damaged or foreign file or one of another model.
     """
     content = read_file(Path(path))
-    model, optimizers = unwrap(model), as_optimizers(optimizer)
+    wrapper, model, optimizers = model, unwrap(model), as_optimizers(optimizer)
     graph = demp.graph if demp is not None else None
     if graph is None and content.get("units") is not None:
         inputs = remembered_inputs(model) if example_inputs is None else example_inputs
@@ -102,6 +104,7 @@ def load_checkpoint(
 
     if restoration is not None:
         restoration.carry_out(states)
+        refit_wrappers(wrapper)
     model.load_state_dict(content["model"])
     for one, state in zip(optimizers, content["optimizers"]):
         one.load_state_dict(state)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,22 +14,32 @@ from torch.optim import Optimizer
 from ..arguments import at_least, one_of, require_integer, require_module, require_not_negative
 from ..compaction import CompactionReport, compact, recycle
 from ..compaction.batches import Batches, as_batches
-from ..compaction.entry import width_step
+from ..compaction.entry import as_followers, check_followers, width_step
 from ..compaction.report import Payoff
 from ..compaction.state_checks import entry
 from ..graph import UnitGraph, remembered_inputs
 from ..graph.capture import as_tuple
 from .distributed import (
     any_rank,
-    every_rank,
-    forget_compiled,
     from_first_rank,
+    is_distributed,
     mean_over_ranks,
-    rebuild_wrapper,
+    refit_wrappers,
     sum_counters,
+    to_first_rank,
     unwrap,
 )
-from .liveness import StepLiveness, activations_of, check_counters, not_finite, scan_dead, window_dead
+from .liveness import (
+    StepLiveness,
+    activations_of,
+    check_counters,
+    counters_of,
+    not_finite,
+    of_calls,
+    scan_dead,
+    several_widths,
+    window_dead,
+)
 from .noise import noise_on_live
 from .penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
 from .policy import POLICIES, Weighing
@@ -144,7 +154,8 @@ class DemP:
         self.penalty_norm = one_of("penalty_norm", penalty_norm, PENALTY_NORMS)
         if criterion == "scan" and scan_batches is None:
             raise ValueError("criterion='scan' requires scan_batches, got None")
-        self.scan_batches = scan_batches
+        # a generator would be exhausted by the first look
+        self.scan_batches = list(scan_batches) if isinstance(scan_batches, Iterator) else scan_batches
         self.on_compaction: list[Callable[[CompactionReport], None]] = []
         """Called with the report after every removal."""
 
@@ -160,7 +171,15 @@ class DemP:
         if inputs is None:
             raise ValueError("example_inputs is required for a model that was not made by prepare(), got None")
         self._penalised = penalised_parameters(self._model, penalty_on) if self.peak_penalty > 0 else []
+        check_followers(self._model, as_followers(followers))
         self.graph = UnitGraph.trace(self._model, inputs)
+        if criterion == "window" and (several := several_widths(self._model, self.graph)):
+            path, widths = next(iter(several.items()))
+            warnings.warn(
+                f"{path} is called with {', '.join(map(str, widths))} units, and one counter cannot tell the calls apart: their units "
+                "count as live; prepare(model, example_inputs) gives each call an activation of its own",
+                stacklevel=2,
+            )
         self.total_units: dict[str, int] = dict(self.graph.units)
         device = next(self._model.parameters()).device
         if seed is not None:
@@ -250,11 +269,19 @@ class DemP:
             "counters": {
                 name: {"active": m.active.clone(), "seen": m.seen.clone()}
                 for name, m in activations_of(self._model).items()
-                if m.active is not None and m.seen is not None
+                if m.active is not None and m.seen is not None and not m.mixed
             },
             "history": [asdict(event) for event in self._history],
             "decisions": [asdict(decision) for decision in self._decisions],
         }
+
+    def pool_counters(self) -> None:
+        """Before rank 0 alone saves in the middle of a window: give it the counters of all ranks; those of the others start
+        from zero, so that their sums stay right. Called by every rank. Does nothing in one process."""
+        if is_distributed():
+            to_first_rank(counters_of(self._model))
+            self._liveness.restart()
+            self._liveness.take()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`. The model must have the widths of that moment already (`load_checkpoint` sees to
@@ -306,27 +333,24 @@ class DemP:
             raise TypeError(f"steering must be a Steering or None, got {type(steering).__name__}")
         if self.on_dead != "remove":
             raise ValueError(f"steering requires on_dead='remove', got {self.on_dead!r}")
-        return Steerer(steering, self._model, self.graph, as_tuple(inputs), self.total_steps, self._width_step())
+        return Steerer(steering, self._model, self.graph, as_tuple(inputs), self.total_steps, self._width_step(), self.min_units)
 
     def _width_step(self) -> int:
         return width_step(self._model) if isinstance(self.round_to, str) else self.round_to
 
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
-        live = any_rank(self._liveness.take())
+        live = of_calls(self._model, self.graph, any_rank(self._liveness.take()))
         noise_on_live(self._model, live, self.graph.gates, std, self._noise_seed)
         self._noise_seed.add_(1)
 
     def _remove_dead(self) -> CompactionReport:
         self._look_for_nan()
         if self.criterion == "window":
-            counted = [m for m in activations_of(self._model).values() if m.active is not None]
-            sum_counters([counter for m in counted for counter in (m.active, m.seen) if counter is not None])
-            dead = window_dead(self._model)
+            dead = window_dead(self._model, self.graph)
         else:
             assert self.scan_batches is not None  # __init__ insists on it
-            dead = every_rank(scan_dead(self._model, self.scan_batches))
-        dead = {name: mask for name, mask in dead.items() if name in self.graph.units}
+            dead = scan_dead(self._model, self.graph, self.scan_batches)
         payoff = self._payoff(dead)
         start = time.perf_counter()
         if self.on_dead == "remove" and (payoff is None or payoff.pays):
@@ -341,8 +365,7 @@ class DemP:
             module.reset_counts()
         self._liveness.restart()
         if report.changed:
-            rebuild_wrapper(self._wrapper)
-            forget_compiled(self._wrapper)
+            refit_wrappers(self._wrapper)
         if self._weighing is not None and payoff is not None and payoff.pays:
             self._weighing.removal_seconds = time.perf_counter() - start
         if report.changed:

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
-    "any_rank", "every_rank", "forget_compiled", "from_first_rank", "is_compiled", "largest_over_ranks", "mean_over_ranks",
-    "rebuild_wrapper", "sum_counters", "unwrap",
+    "any_rank", "every_rank", "forget_compiled", "from_first_rank", "is_compiled", "is_distributed", "largest_over_ranks",
+    "mean_over_ranks", "refit_wrappers", "sum_counters", "to_first_rank", "unwrap",
 ]
 
 
+MODULE_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")))
+"""Attributes in which a module keeps the hooks that were registered on it."""
+
+
 def is_distributed() -> bool:
+    """Whether this process is one of several in a group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -67,6 +72,13 @@ def sum_counters(counters: list[Tensor]) -> None:
         counter.copy_(total.view_as(counter))
 
 
+def to_first_rank(counters: list[Tensor]) -> None:
+    """In a group: give rank 0 the sums over the ranks, and the others zeros, so that the sums over the ranks stay the same."""
+    sum_counters(counters)
+    if counters and dist.get_rank():
+        torch._foreach_zero_(counters)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and DistributedDataParallel's wrappers, or the model itself."""
     while True:
@@ -99,7 +111,13 @@ def is_compiled(model: nn.Module) -> bool:
     return inner._compiled_call_impl is not None
 
 
-def rebuild_wrapper(model: nn.Module) -> None:
+def refit_wrappers(model: nn.Module) -> None:
+    """Make what is around a model fit its new shapes: DistributedDataParallel, and torch.compile's code."""
+    _rebuild_data_parallel(model)
+    forget_compiled(model)
+
+
+def _rebuild_data_parallel(model: nn.Module) -> None:
     """Make a DistributedDataParallel object fit its module's new shapes, in place; other models are left alone.
 
     The reducer was built for the old shapes: its buckets and its hooks on the gradients are replaced by initialising
@@ -125,9 +143,11 @@ def rebuild_wrapper(model: nn.Module) -> None:
         "init_sync": False,  # all ranks removed the same entries of the same tensors
     }
     training, module, communication = model.training, model.module, list(model._comm_hooks)
+    hooks = {name: value for name, value in vars(model).items() if name in MODULE_HOOKS}
     del model.reducer
     DistributedDataParallel.__init__(model, module, **arguments)
     model.training = training
+    vars(model).update(hooks)
     for hook, state in communication:
         model.register_comm_hook(state, hook)
 

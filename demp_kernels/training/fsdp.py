@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from ..compaction import CompactionReport, compact
 from ..graph import UnitGraph
-from .distributed import sum_counters
 from .liveness import activations_of, window_dead
 
 __all__ = ["compact_sharded"]
@@ -62,10 +61,8 @@ def compact_sharded(
     Raises CompactionError if the model or the optimiser's state cannot be shrunk.
     """
     if dead is None:
-        counted = [m for m in activations_of(model).values() if m.active is not None]
-        sum_counters([counter for m in counted for counter in (m.active, m.seen) if counter is not None])
-        dead = {name: mask for name, mask in window_dead(model).items() if name in graph.units}
-        for module in counted:
+        dead = window_dead(model, graph)
+        for module in activations_of(model).values():
             module.reset_counts()  # a window ends with its decision, whatever it is
     state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
     set_model_state_dict(plain, get_model_state_dict(model, options=WHOLE))

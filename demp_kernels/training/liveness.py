@@ -1,16 +1,25 @@
 """Which units are alive: in the last step, over a window of training steps, or on scanned batches."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..compaction.batches import as_arguments, watch
+from ..compaction.entry import counted_dead
 from ..compaction.state_checks import entry
+from ..graph import UnitGraph
+from ..graph.units import ActivationUnits
 from ..modules import DemPActivation
+from .distributed import every_rank, sum_counters
 
-__all__ = ["StepLiveness", "activations_of", "check_counters", "not_finite", "scan_dead", "window_dead"]
+__all__ = [
+    "StepLiveness", "activations_of", "check_counters", "counters_of", "not_finite", "of_calls", "scan_dead", "several_widths",
+    "window_dead",
+]
 
 
 def activations_of(model: nn.Module) -> dict[str, DemPActivation]:
@@ -18,54 +27,72 @@ def activations_of(model: nn.Module) -> dict[str, DemPActivation]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DemPActivation)}
 
 
-def window_dead(model: nn.Module) -> dict[str, Tensor]:
-    """Criterion `window`: dead iff no element was active in any training step since the counters were reset.
+def counters_of(model: nn.Module) -> list[Tensor]:
+    """`active` and `seen` of every activation that has counted something, in the model's order."""
+    counted = [(m.active, m.seen) for m in activations_of(model).values() if not m.mixed]
+    return [counter for pair in counted for counter in pair if counter is not None]
 
-    Returns name -> (C,) bool for every activation that was looked at. Stricter than a scan, and free: the counters are
-    filled by the training forwards.
+
+def of_calls(model: nn.Module, graph: UnitGraph, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks by the name of a module, which may be called several times, as masks by the names of its calls."""
+    calls = graph.calls_of(model)
+    return {
+        call.name: masks[name] for name, module in activations_of(model).items() if name in masks
+        for call in calls.get(module, ()) if call.atoms.size == masks[name].numel()
+    }
+
+
+def several_widths(model: nn.Module, graph: UnitGraph) -> dict[str, list[int]]:
+    """Activations that are called with different numbers of units, and these numbers: one counter cannot tell them apart."""
+    calls = graph.calls_of(model)
+    widths = {name: [call.atoms.size for call in calls.get(m, ())] for name, m in activations_of(model).items()}
+    return {name: found for name, found in widths.items() if len(set(found)) > 1}
+
+
+def window_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
+    """Criterion `window`: dead iff no element was active, on any rank, in any training step since the counters were reset.
+
+    Every rank's counters become the sums over the ranks. Returns name -> (units,) bool for the activations that were looked
+    at. Stricter than a scan, and free: the counters are filled by the training forwards.
     """
-    masks = {name: module.dead() for name, module in activations_of(model).items()}
-    return {name: mask for name, mask in masks.items() if mask is not None}
+    sum_counters(counters_of(model))
+    return counted_dead(model, graph)
 
 
 @torch.no_grad()
-def scan_dead(model: nn.Module, batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> dict[str, Tensor]:
-    """Criterion `scan`, the authors': dead iff the output's sum over samples and space is <= 0 in every batch.
+def scan_dead(
+    model: nn.Module, graph: UnitGraph, batches: Iterable[Any] | Callable[[], Iterable[Any]]
+) -> dict[str, Tensor]:
+    """Criterion `scan`, the authors': dead iff the output's sum over samples and space is <= 0 in every batch, on every rank.
 
     Args:
         model: is run in evaluation mode; every module's mode is restored.
         batches: inputs (a tensor or a tuple of positional arguments), or a function that returns fresh ones. Use
             un-augmented training images, 1,280 or more in all.
 
-    Returns name -> (C,) bool. Raises ValueError if there was no batch.
+    Returns name -> (units,) bool. Raises ValueError if there was no batch.
     """
     dead: dict[str, Tensor] = {}
 
-    def watch(name: str, channel_dim: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            others = [d for d in range(output.dim()) if d != channel_dim % output.dim()]
+    def look(calls: list[ActivationUnits]) -> Callable[..., None]:
+        names = itertools.cycle(call.name for call in calls)
+
+        def hook(module: DemPActivation, _args: Any, _kwargs: Any, output: Tensor) -> None:
+            name = next(names)  # every forward makes the calls in the order of the analysis
+            others = [d for d in range(output.dim()) if d != module.channel_dim % output.dim()]
             # not (sum > 0) would call NaN dead; a unit that gives NaN is alive and has to be seen
             silent = output.sum(others, dtype=torch.float64 if output.device.type == "cpu" else torch.float32) <= 0
             dead[name] = silent if name not in dead else dead[name] & silent
 
         return hook
 
-    modes = {module: module.training for module in model.modules()}
-    handles = [
-        module.register_forward_hook(watch(name, module.channel_dim)) for name, module in activations_of(model).items()
-    ]
-    try:
-        model.eval()
-        for batch in batches() if callable(batches) else batches:
-            model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    calls = graph.calls_of(model)
+    hooks = [(module, look(calls[module])) for module in activations_of(model).values() if module in calls]
+    # one after the other: a scan's images need not fit into memory together
+    watch(model, map(as_arguments, batches() if callable(batches) else batches), hooks)
     if not dead:
         raise ValueError("scan_batches must give at least one batch, got none")
-    return dead
+    return every_rank(dead)
 
 
 @torch.no_grad()

@@ -11,12 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..compaction import plan_to_dict
+from ..compaction.entry import as_followers
 from ..compaction.optimizer import as_optimizers, plan_states
 from ..compaction.saved import Restoration, saved_keep
 from ..compaction.state_checks import entry
 from .checkpoint_file import CheckpointError, read_file, write_file
 from .controller import DemP
-from .distributed import rebuild_wrapper, unwrap
+from .distributed import refit_wrappers, unwrap
 
 __all__ = ["load_sharded", "save_sharded"]
 
@@ -42,6 +43,7 @@ def save_sharded(
 
     weights, moments = get_state_dict(unwrap(model), as_optimizers(optimizer))
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    demp.pool_counters()
     if _rank() == 0:
         write_file(Path(folder) / WIDTHS, {
             "units": plan_to_dict(demp.graph), "demp": demp.state_dict(), "extra": extra or {},
@@ -63,13 +65,14 @@ def load_sharded(
     path, inner, optimizers = Path(folder) / WIDTHS, unwrap(model), as_optimizers(optimizer)
     content = read_file(path)
     try:
-        restoration = Restoration(inner, demp.graph, saved_keep(demp.graph, entry(content, "units", dict)))
+        keep = saved_keep(demp.graph, entry(content, "units", dict))
+        restoration = Restoration(inner, demp.graph, keep, as_followers(demp.followers))
         demp.check_state_dict(entry(content, "demp", dict), restoration.units)
         states = plan_states(optimizers, restoration.plan.cuts)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit {type(inner).__name__}: {error}") from error
     restoration.carry_out(states)
-    rebuild_wrapper(model)
+    refit_wrappers(model)
     weights, moments = get_state_dict(inner, optimizers)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=folder)

@@ -91,10 +91,10 @@ class Steerer:
 
     def __init__(
         self, steering: Steering, model: nn.Module, graph: UnitGraph, example_inputs: tuple[Any, ...], total_steps: int,
-        round_to: int,
+        round_to: int, min_units: int,
     ) -> None:
         self.steering, self.model, self.graph = steering, model, graph
-        self.total_steps, self.round_to = total_steps, round_to
+        self.total_steps, self.round_to, self.min_units = total_steps, round_to, min_units
         by_flops = steering.target_flops is not None
         self.cost = flops_cost(model, example_inputs) if by_flops else parameter_cost(model)
         self.full_cost = self.cost({})
@@ -120,7 +120,7 @@ class Steerer:
         budget = self.steering.left(step / self.total_steps) * self.full_cost
         self.pushed = lowest_units(
             self.model, self.graph, self.scores(), budget, cost=self.cost, round_to=self.round_to,
-            floor=self.steering.floor,
+            floor=self.steering.floor, min_units=self.min_units,
         )
         self._plan_pushes()
 

@@ -45,16 +45,19 @@ def test_rivals_match_the_sparsity_of_demp_seed_by_seed(finished: Path) -> None:
 
 
 def test_a_budget_is_a_method_of_its_own_whose_sparsity_rivals_match(tmp_path: Path) -> None:
-    arguments = ["--methods", "dense", "demp-fast", "l1", "--target-flops", "0.6", "0.3", "--seeds", "1"]
-    assert main([*SMALL, *arguments, "--out", str(tmp_path)]) == 0
+    levels = ("flops 0.6", "flops 0.3", "sparsity 0.5")
+    arguments = ["--methods", "dense", "demp-fast", "l1", "--seeds", "1"]
+    budgets = ["--target-flops", "0.6", "0.3", "--target-sparsity", "0.5"]
+    assert main([*SMALL, *arguments, *budgets, "--out", str(tmp_path)]) == 0
     runs = {(row["method"], row["level"]): row for row in rows_of(tmp_path / "runs.csv")}
-    assert set(runs) == {("dense", "")} | {(m, level) for m in ("demp-fast", "l1") for level in ("flops 0.6", "flops 0.3")}
+    assert set(runs) == {("dense", "")} | {(m, level) for m in ("demp-fast", "l1") for level in levels}
     dense = int(runs["dense", ""]["train_flops"])
-    for level in ("flops 0.6", "flops 0.3"):
+    for level in levels:
         reached = float(runs["demp-fast", level]["sparsity"])
         assert reached <= float(runs["l1", level]["sparsity"]) < reached + 0.08
     few, many = (int(runs["demp-fast", level]["train_flops"]) for level in ("flops 0.3", "flops 0.6"))
     assert few < many < dense
+    assert float(runs["demp-fast", "sparsity 0.5"]["sparsity"]) == pytest.approx(0.5, abs=0.1)
     assert "DemP, budget" in (tmp_path / "accuracy_against_sparsity.svg").read_text()
 
 
@@ -100,6 +103,7 @@ def test_started_again_it_makes_only_the_missing_runs(
         (["--methods", "snap"], "sparsity is required"),
         (["--sparsity", "1.2"], "sparsity must be between 0 and 1, got 1.2"),
         (["--target-flops", "0"], "target-flops must be between 0 and 1, got 0"),
+        (["--target-sparsity", "1"], "target-sparsity must be between 0 and 1, got 1"),
         (["--seeds", "0"], "seeds must be at least 1"),
         (["--peak-penalty", "-1"], "peak-penalty must be above 0, got -1"),
     ],

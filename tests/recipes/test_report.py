@@ -32,7 +32,8 @@ def made_up(name: str, *, steps: int = 40, faster: float = 1.0, live: int | None
 def content(runs: list[RunResult]) -> dict:
     settings = TrainSettings().resolved()
     facts = {"machine": machine_facts(torch.device("cpu")), "versions": versions()}
-    return report.summary(runs, settings, read_data(settings), facts)
+    interrupted = not all(run.finished for run in runs)
+    return report.summary(runs, settings, read_data(settings), facts, interrupted=interrupted)
 
 
 def test_table_compares_the_runs() -> None:
