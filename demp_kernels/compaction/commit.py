@@ -58,7 +58,7 @@ def commit(plan: Plan, states: Sequence[StateCut]) -> int:
 
     Whatever can run out of memory happens before the first change: the first kind's gathers, and taking one batch's worth
     of memory, which is given back at once. Should the memory for a later batch be gone all the same (another process took
-    it), that batch shrinks in place, which needs none.
+    it), that batch shrinks in place, which needs none on the CPU, and a row's worth elsewhere.
     """
     jobs = _jobs(plan, states)
     own = [job for job in jobs if _own_memory(job.tensor, job.cut)]
@@ -185,7 +185,9 @@ def _exchange(batch: Sequence[_Job]) -> int:
     arguments = _arguments(batch)
     try:
         contents = compact_op(*arguments)
-    except RuntimeError:  # out of memory; OutOfMemoryError of a device is one too
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
         compact_in_place_op(*arguments)
         contents = [_front(job.tensor.detach(), job.shape) for job in batch]
     freed = sum(job.tensor.nbytes for job in batch) - sum(content.untyped_storage().nbytes() for content in contents)
@@ -193,6 +195,10 @@ def _exchange(batch: Sequence[_Job]) -> int:
     for job, content in zip(batch, contents):
         job.replace(content)
     return freed
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error)  # the CPU's allocator has no type of its own
 
 
 def _strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:

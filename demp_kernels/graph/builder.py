@@ -238,7 +238,8 @@ class Builder:
             name = base
             if kind is not None:
                 numbered = itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1)))
-                name = next(itertools.islice((n for n in numbered if n not in self._modules), call, None))
+                taken = {a.name for a in self.activations}
+                name = next(n for n in numbered if n not in self._modules and n not in taken)
             self._known[base, kind, call] = len(self.activations)
             self.activations.append(Activation(name, atoms, dim))
         return self._known[base, kind, call]

@@ -289,7 +289,7 @@ class Gradient(torch.autograd.Function):
         to_saved = None
         if ctx.activation not in ("relu", "leaky_relu"):
             second = reference.activation_second_derivative(saved, ctx.activation)
-            to_saved = (grad * grad_grad * second).to(saved.dtype)
+            to_saved = (second * grad * grad_grad).to(saved.dtype)  # from the wide factor on: two of float16 may overflow
         return backward(grad_grad, saved, mask, ctx.activation, ctx.slope), to_saved, None, None, None
 
 

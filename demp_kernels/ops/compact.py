@@ -8,8 +8,8 @@
     Returns new tensors; channels_last sources stay channels_last, all others come out contiguous.
 
 compact_: the same within the tensors' own memory. The kept entries of each tensor, in the order of its layout, move to the
-front of its memory; what lies behind them is undefined afterwards, and on Linux its pages go back to the system. Nothing
-is allocated, so it cannot run out of memory.
+front of its memory; what lies behind them is undefined afterwards, and on Linux its pages go back to the system. The CPU's
+kernel allocates nothing, so it cannot run out of memory; elsewhere the reference takes one row's worth.
 
     sources: contiguous or channels_last. rows, columns: ascending.
 

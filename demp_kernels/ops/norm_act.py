@@ -286,8 +286,11 @@ def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_backward(ctx: Any, *grads: Tensor):
     """Gradients of the gradients, through the reference. Rare (gradient penalties), so written for brevity.
 
-    mean and var are recomputed from x, so that their dependence on it is part of x's gradient.
+    mean and var are recomputed from x, so that their dependence on it is part of x's gradient. Raises RuntimeError where they
+    are to be differentiated once more.
     """
+    if torch.is_grad_enabled():
+        raise RuntimeError("norm_act: third derivatives are not there; create_graph must be False in the second backward")
     grad, x, weight, bias, residual, _, _, mask = ctx.saved_tensors
     with torch.enable_grad():
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in (grad, x, weight, bias, residual)]

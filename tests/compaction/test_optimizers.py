@@ -346,3 +346,13 @@ def test_new_memory_is_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     dk.compact(model, optimizer, x, dead=dead)
     assert len(taken) > 2 and max(taken) <= max(*largest, 1 << 20)
     assert gone[0] == 0 < gone[-1]  # old moments go before the last batch is gathered
+
+
+def test_gradients_that_somebody_keeps_fit_their_parameters_afterwards() -> None:
+    model, optimizer, dead, x = wide()
+    logged = [p.grad.detach() for p in model.parameters()]
+    before = [g.clone() for g in logged]
+    dk.compact(model, optimizer, x, dead=dead)
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+    assert all(torch.equal(g, b) for g, b in zip(logged, before))
+    assert torch.equal(model[0].bias.grad, before[1][~dead["1"]])

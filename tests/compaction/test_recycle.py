@@ -118,3 +118,25 @@ def test_demp_recycles_or_reports(on_dead: str) -> None:
     assert bool((first[1][:3] > -2).all()) == (on_dead == "recycle")
     with pytest.raises(ValueError, match="on_dead must be one of remove, recycle, report, got 'drop'"):
         dk.DemP(model, optimizer, total_steps=4, on_dead="drop")
+
+
+@pytest.mark.parametrize("way", ["a sum", "a product", "the transposed weight"])
+def test_units_that_something_else_than_a_layer_reads_stay_as_they_are(way: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act, self.out = nn.Linear(5, 6), dk.DemPReLU(), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.act(self.fc(x))
+            if way == "a sum":
+                return self.out(y) + y.sum(1, keepdim=True)
+            return y @ y.mT if way == "a product" else torch.nn.functional.linear(y, self.fc.weight.t())
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 5)
+    with torch.no_grad():
+        model.fc.weight[:3], model.fc.bias[:3] = 0, -1
+    before = model(x)
+    assert recycle(model, None, dk.UnitGraph.trace(model, x), {"act": torch.arange(6) < 3}) == {}
+    assert torch.equal(model(x), before)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import reference
 from ..channel_select import check
-from .compact import BLOCK, UNITS, gather_step, unit_of
+from .compact import BLOCK, UNITS, check_rows, gather_step, unit_of
 from .launch import on_device_of, wanted_programs
 
 _VIEWS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -22,12 +22,15 @@ _VIEWS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 @triton.jit
 def _select(source, target, index, outer, source_columns, target_columns, column_units, BLOCK: tl.constexpr):
-    total = outer.to(tl.int64) * target_columns * column_units
-    one = outer.to(tl.int64) * 0 + 1
+    # tl.cast: an argument that is 1 is a number of Python's here, which has no `.to`
+    rows = tl.cast(outer, tl.int64)
+    columns = tl.cast(target_columns, tl.int64)
+    units = tl.cast(column_units, tl.int64)
+    total = rows * columns * units
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, total, tl.num_programs(0) * BLOCK):
         gather_step(
-            source, target, index, index, False, True, outer.to(tl.int64), outer.to(tl.int64), one,
-            source_columns.to(tl.int64), target_columns.to(tl.int64), column_units.to(tl.int64), start, BLOCK,
+            source, target, index, index, False, True, rows, rows, rows * 0 + 1, tl.cast(source_columns, tl.int64), columns,
+            units, start, BLOCK,
         )  # fmt: skip
 
 
@@ -45,6 +48,7 @@ def channel_select(x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int) 
         inner = 1 if last else math.prod(others[channel_dim:])
         column_bytes = inner * x.element_size()
         unit = unit_of(column_bytes, source, y)
+        check_rows("channel_select: x", x, index.numel() * column_bytes // unit)
         programs = max(1, min(triton.cdiv(y.numel() * x.element_size() // unit, BLOCK), 2 * wanted_programs(x)))
         with on_device_of(x):
             _select[(programs,)](

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import reference
+from ..activation import shape_text
 from ..compact import check
-from .launch import on_device_of, wanted_programs
+from .launch import LARGE, on_device_of, table_on, wanted_programs
 
 # Tunables: units a program copies in a step, eight a thread of four warps. Chosen so that 4-byte units keep 32 bytes a
 # thread in flight; no GPU has timed it yet.
@@ -99,6 +100,7 @@ def compact(sources: Sequence[Tensor], rows: Sequence[Tensor | None], columns: S
         inner, size, matrix = math.prod(shape[2:]), source.element_size(), source.dim() > 1
         column_bytes = size if last else inner * size
         unit = unit_of(column_bytes, source, target)
+        check_rows(f"compact: sources[{len(targets) - 1}]", given, math.prod(shape[1:]) * size // unit)
         tables[unit].append([
             source.data_ptr(), target.data_ptr(), *(0 if index is None else index.data_ptr() for index in indices),
             source.shape[0], shape[0], inner if last else 1, source.shape[1] if matrix else 1, shape[1] if matrix else 1,
@@ -110,9 +112,15 @@ def compact(sources: Sequence[Tensor], rows: Sequence[Tensor | None], columns: S
         steps = max(triton.cdiv(math.prod(entry[i] for i in (5, 6, 8, 9)), BLOCK) for entry in table)
         with on_device_of(sources[0]):
             programs = max(1, min(steps, 2 * wanted_programs(sources[0])))
-            entries = torch.tensor(table, dtype=torch.int64).to(sources[0].device)
+            entries = table_on(sources[0].device, table)
             _gather_list[(len(table), programs)](entries, programs, UNIT=UNITS[unit], BLOCK=BLOCK, FIELDS=FIELDS)
     return targets
+
+
+def check_rows(name: str, source: Tensor, row_units: int) -> None:
+    """A row's places are 32-bit numbers in `gather_step`. Raises ValueError for a longer one."""
+    if row_units >= LARGE:
+        raise ValueError(f"{name} has rows too long to index, got shape {shape_text(source.shape)}")
 
 
 def unit_of(column_bytes: int, *tensors: Tensor) -> int:

@@ -27,6 +27,12 @@ def wanted_programs(x: Tensor) -> int:
     return 8 * count
 
 
+def table_on(device: torch.device, rows: list[list[int]]) -> Tensor:
+    """An int64 table on the device. From pinned memory, since a copy from other memory waits for all that was launched."""
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
+
+
 def wide(dtype: torch.dtype) -> tl.dtype:
     """The type that arithmetic is done in."""
     return tl.float64 if dtype == torch.float64 else tl.float32

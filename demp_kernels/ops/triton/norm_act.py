@@ -58,7 +58,8 @@ def _addresses(plane, place, inside, column, channels, inner):
 
 @triton.jit
 def _total(outer, inner, PLANES: tl.constexpr):
-    return outer * ((inner + 7) // 8 * 8) if PLANES else outer
+    # tl.cast: the product of two 32-bit sizes may need more bits, and an argument that is 1 has no `.to`
+    return tl.cast(outer, tl.int64) * ((inner + 7) // 8 * 8) if PLANES else outer
 
 
 # ---- channels --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..activation import is_dense
 from ..weight_noise import check
-from .launch import on_device_of, wanted_programs, wide
+from .launch import on_device_of, table_on, wanted_programs, wide
 from .noise import normals
 
 # Tunables: a program's step, quads of four rows (which share a Philox call) times one column. 512 give four warps 16
@@ -81,7 +81,7 @@ def weight_noise_(tensors: Sequence[Tensor], live: Sequence[Tensor | None], std:
                 continue
             programs = max(1, min(triton.cdiv(items, ITEMS), 2 * wanted_programs(seed)))
             _add[(len(table), programs)](
-                torch.tensor(table, dtype=torch.int64).to(seed.device), seed, float(std), programs,
+                table_on(seed.device, table), seed, float(std), programs,
                 DTYPE=_DTYPES[dtype], WIDE=wide(dtype), ITEMS=ITEMS, FIELDS=FIELDS,
             )
     for t, copy in zip(tensors, dense):

@@ -1,0 +1,106 @@
+"""What a forward does in training only: heads, features and calls that evaluation does not return, or does not make."""
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import demp_kernels as dk
+from demp_kernels.graph import UnitGraph
+
+
+class Heads(nn.Module):
+    """Two heads, of which evaluation returns one. way: how the code says that."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.fc, self.act, self.head = nn.Linear(6, 8), dk.DemPReLU(), nn.Linear(8, 3)
+        self.aux = None if way == "features" else nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.act(self.fc(x))
+        if self.way == "features":
+            return (self.head(h), h) if self.training else self.head(h)
+        if self.way == "a list":
+            found = [self.aux(h), self.head(h)]
+            return found if self.training else found[-1]
+        y, a = self.head(h), self.aux(h)
+        return (y, a) if self.training else y
+
+
+@pytest.mark.parametrize("way", ["computed in vain", "a list"])
+def test_a_head_that_evaluation_computes_in_vain_keeps_its_outputs(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Heads(way), torch.randn(4, 6)
+    with torch.no_grad():
+        model.fc.weight[2:5], model.fc.bias[2:5] = 0, -1
+    before = model(x)
+    report = dk.compact(model, None, x, dead={"act": (torch.arange(8) >= 2) & (torch.arange(8) < 5)})
+    assert report.removed == {"act": 3} and model.aux.weight.shape == model.head.weight.shape == (3, 5)
+    for new, old in zip(model(x), before):
+        torch.testing.assert_close(new, old)
+
+
+def test_nothing_is_removed_of_a_head_where_nothing_is_dead() -> None:
+    model, x = Heads("computed in vain"), torch.randn(4, 6)
+    assert not dk.compact(model, None, x, dead={}).changed and model.aux.weight.shape == (3, 8)
+
+
+def test_features_that_training_returns_keep_their_width() -> None:
+    model, x = Heads("features"), torch.randn(4, 6)
+    report = dk.compact(model, None, x, dead={"act": torch.arange(8) < 3})
+    assert not report.changed and "is an output of the model" in report.kept["act"]
+    assert model(x)[1].shape == (4, 8)
+
+
+class Shared(nn.Module):
+    """One activation, whose second call in training is not the second one in evaluation."""
+
+    def __init__(self, width: int, module: bool) -> None:
+        super().__init__()
+        self.act = dk.DemPReLU() if module else None
+        self.a, self.side, self.aux = nn.Linear(6, 16), nn.Linear(16, width), nn.Linear(width, 2)
+        self.b, self.out = nn.Linear(16, 32), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        act = self.act or F.relu
+        y = act(self.a(x))
+        extra = self.aux(act(self.side(y))) if self.training else None
+        y = self.out(act(self.b(y)))
+        return (y, extra) if self.training else y
+
+
+@pytest.mark.parametrize("module", [True, False])
+@pytest.mark.parametrize("width", [8, 32])
+def test_calls_that_training_makes_in_between_are_not_taken_for_others(width: int, module: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Shared(width, module), torch.randn(5, 6)
+    graph, before = UnitGraph.trace(model, x), model(x)
+    name = "act@1" if module else "relu_1"
+    dead = {name: torch.arange(graph.units[name]) < 4}
+    with torch.no_grad():
+        model.b.weight[:4], model.b.bias[:4] = 0, -1
+        before = model(x)
+    report = dk.compact(model, None, dead=dead, graph=graph)
+    assert not report.changed and "is called 2 or 3 times" in report.kept[name]
+    for new, old in zip(model(x), before):
+        torch.testing.assert_close(new, old)
+
+
+def test_a_forward_that_wants_targets_in_training_is_analysed_as_in_evaluation() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act, self.out = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+            y = self.out(self.act(self.fc(x)))
+            return F.mse_loss(y, target) if self.training else y
+
+    model = Detector()
+    assert dk.compact(model, None, torch.randn(3, 6), dead={"act": torch.arange(8) < 3}).removed == {"act": 3}
+    assert model(torch.randn(3, 6), torch.zeros(3, 2)).shape == ()
