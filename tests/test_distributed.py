@@ -119,6 +119,55 @@ dist.destroy_process_group()
 """
 
 
+# What a unit did before the checkpoint on the rank that does not write it counts afterwards, too. Unit i is active where input i is.
+RESUMED_SCRIPT = """
+import gc, sys, torch, torch.distributed as dist, torch.nn as nn
+import demp_kernels as dk
+from torch.nn.parallel import DistributedDataParallel
+
+rank, world = int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.{world}.store", rank=rank, world_size=world)
+torch.set_num_threads(1)
+
+def fresh():
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(4))
+    model = DistributedDataParallel(dk.prepare(net, torch.randn(2, 4)))
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    demp = dk.DemP(model, optimizer, total_steps=8, prune_every=4, peak_penalty=0.0, peak_noise=0.0, seed=1)
+    return model, optimizer, demp, calls
+
+def steps(model, demp, units, count):
+    for _ in range(count):
+        model(torch.eye(4)[units]).sum().backward()
+        model.zero_grad()
+        demp.step()
+
+model, optimizer, demp, calls = fresh()
+steps(model, demp, [0, 1, 2], 4)
+first = list(demp.live_units.values())
+steps(model, demp, [0, 1] if rank == world - 1 else [0], 2)
+demp.pool_counters()
+counted = next(m.active for m in model.modules() if isinstance(m, dk.DemPReLU)).tolist()
+file = f"{sys.argv[1]}.{world}.checkpoint"
+if rank == 0:
+    dk.save_checkpoint(file, model, optimizer, demp)
+dist.barrier()
+steps(model, demp, [0], 2)
+other, optimizer, resumed, _ = fresh()
+dk.load_checkpoint(file, other, optimizer, resumed)
+steps(other, resumed, [0], 2)
+live = [first, list(demp.live_units.values()), list(resumed.live_units.values())]
+torch.save({"live": live, "counted": counted, "calls": len(calls)}, f"{sys.argv[1]}.{world}.{rank}.pt")
+del model, other, demp, resumed, optimizer
+gc.collect()
+dist.destroy_process_group()
+"""
+
+
 def run(text: str, folder: Path) -> tuple[dict[str, object], dict[str, object], dict[str, object]]:
     """What one process saved, and each of two ranks. All go on at once: most of their time is importing torch. They meet at
     a file, because two runs of torchrun side by side can be given the same port."""
@@ -155,3 +204,11 @@ def test_synchronised_batch_norm_and_counts_are_those_of_the_global_batch(tmp_pa
     assert first["live"] == second["live"] == one["live"] and one["live"][-1] == [10, 8]
     torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(one["losses"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_a_checkpoint_of_rank_0_holds_what_all_ranks_have_counted(tmp_path: Path) -> None:
+    one, first, second = run(RESUMED_SCRIPT, tmp_path)
+    assert one["live"] == first["live"] == second["live"] == [[3], [2], [2]]
+    assert first["counted"] == [4, 2, 0] and second["counted"] == [0, 0, 0] and one["counted"] == [2, 2, 0]
+    assert one["calls"] == first["calls"] == 8  # a hook on the wrapper outlives the removals

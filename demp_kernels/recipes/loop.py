@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..compaction import CompactionError
 from ..graph import PrepareError
+from ..strided import avoid_broken_kernel
 from ..training import CheckpointError, load_checkpoint, save_checkpoint
 from ..training.distributed import forget_compiled, mean_over_ranks, sum_counters
 from .data import ImageData, load_data
@@ -336,6 +337,8 @@ def new_model(settings: TrainSettings, data: ImageData) -> nn.Module:
     model = build_model(
         settings.model, channels=data.channels, classes=data.classes, image_size=data.image_size, width=settings.width
     )
+    for module in model.modules():
+        avoid_broken_kernel(module)  # the dense network's too: with AVX2 one of width 4 crashed in its first steps
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(2, data.channels, data.image_size, data.image_size))

@@ -31,6 +31,10 @@ class DecoupledSGD(torch.optim.SGD):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
+            for p in with_gradient if group["momentum"] else ():
+                if self.state[p].get("momentum_buffer") is None:
+                    # the same first step; if that one overflows, torch's fused SGD goes on from what its new memory held
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             if group["decoupled_decay"] and with_gradient:
                 decay = group["lr"] * group["decoupled_decay"]
                 # GradScaler's word, a tensor: 1 where the fused step that follows leaves the weights as they are

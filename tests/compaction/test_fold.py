@@ -361,3 +361,23 @@ def test_processes_fold_what_all_of_them_see() -> None:
         assert rank.folded["3"].change == pytest.approx(alone.folded["3"].change, rel=1e-9)
         assert rank.folded["3"].change_without == pytest.approx(alone.folded["3"].change_without, rel=1e-9)
     assert first_rank.folded == second_rank.folded
+
+
+def test_calls_of_several_widths_are_folded_each_by_itself() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.act = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 2), nn.GELU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(self.act(self.b(self.act(self.a(x)))))
+
+    torch.manual_seed(0)
+    net, x = Shared(), torch.randn(20, 6)
+    with torch.no_grad():
+        net.a.weight[:3], net.b.weight[:2] = 0, 0  # constants
+    before = net(x)
+    gone = {"act@0": torch.arange(8) < 3, "act@1": torch.arange(5) < 2}
+    report = dk.compact(net, None, x, dead=gone, fold_batches=[x])
+    assert report.removed == {"act@0": 3, "act@1": 2}
+    torch.testing.assert_close(net(x), before)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,3 +118,28 @@ def test_transformers(accumulate: int, tmp_path: Path) -> None:
     assert callback.demp.steps_done == demp.steps_done == STEPS // accumulate
     assert callback.demp.live_units == demp.live_units and sum(demp.live_units.values()) <= 17
     same(model.net, expected)
+
+
+@pytest.mark.parametrize(("fused", "scaler", "scale"), [(True, True, 128.0), (False, True, 1.0), (True, False, 1.0)])
+def test_lightning_penalises_gradients_as_they_are_scaled(fused: bool, scaler: bool, scale: float) -> None:
+    """Lightning unscales before the hook, but for optimisers that do it themselves."""
+    pytest.importorskip("lightning")
+    from demp_kernels.integrations.lightning import DemPCallback
+
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, fused=fused)
+    precision = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 128.0) if scaler else None)
+    callback = DemPCallback(net, **OPTIONS)
+    callback.demp = SimpleNamespace(penalise_gradients=lambda scale: given.append(scale))
+    given: list[float] = []
+    callback.on_before_optimizer_step(SimpleNamespace(precision_plugin=precision), None, optimizer)
+    assert given == [scale]
+
+
+def test_transformers_with_several_gpus_in_one_process_is_refused() -> None:
+    pytest.importorskip("transformers")
+    from demp_kernels.integrations.transformers import DemPCallback
+
+    callback = DemPCallback(network(), **OPTIONS)
+    with pytest.raises(ValueError, match="works with one GPU, got 2"):
+        callback.on_train_begin(SimpleNamespace(world_size=1, n_gpu=2), None, None)

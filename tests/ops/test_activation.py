@@ -96,6 +96,21 @@ def test_gradcheck(activation: str) -> None:
     assert torch.autograd.gradgradcheck(lambda t: COUNTING[activation](t)[0], x)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_second_derivatives_of_scaled_half_gradients_do_not_overflow(activation: str) -> None:
+    """The product of two scaled gradients is beyond float16, though with the derivative it is not."""
+    x = torch.tensor([[0.1, -4.5, 5.0, 200.0]])
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        y = COUNTING[activation](leaf)[0]
+        first, = torch.autograd.grad(y, leaf, torch.full_like(y, 512.0), create_graph=True)
+        second, = torch.autograd.grad(first, leaf, torch.full_like(first, 150.0))
+        results.append(second.double())
+    assert results[0].isfinite().all()
+    torch.testing.assert_close(*results, rtol=5e-3, atol=1.0)
+
+
 @pytest.mark.parametrize("noise_std", [0.0, 0.5])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_opcheck(activation: str, noise_std: float) -> None:

@@ -170,6 +170,15 @@ def test_gradcheck(activation: str, with_residual: bool) -> None:
     assert torch.autograd.gradcheck(function, inputs)
 
 
+def test_third_derivatives_are_refused() -> None:
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    y = functional.norm_act(x, None, None, None, "gelu", 0.0, 1e-5, 0.0, None)[0]
+    first, = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    torch.autograd.grad(first.square().sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="norm_act: third derivatives are not there"):
+        torch.autograd.grad(first.square().sum(), x, create_graph=True)
+
+
 def test_opcheck() -> None:
     x, weight, bias, residual, _ = sample("channels last", torch.float32, True)
     arguments = (x.requires_grad_(), weight, bias, residual, "relu", 0.0, 1e-5, 0.0, None)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from demp_kernels.cli import main
 from demp_kernels.recipes import compare as module
+from demp_kernels.recipes import compare_command
 from demp_kernels.recipes.compare import Run, table_rows
 from demp_kernels.recipes.loop import RunResult
 
@@ -59,6 +61,19 @@ def test_a_budget_is_a_method_of_its_own_whose_sparsity_rivals_match(tmp_path: P
     assert few < many < dense
     assert float(runs["demp-fast", "sparsity 0.5"]["sparsity"]) == pytest.approx(0.5, abs=0.1)
     assert "DemP, budget" in (tmp_path / "accuracy_against_sparsity.svg").read_text()
+
+
+def test_the_preset_of_a_budget_goes_under_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(compare_command, "compare", lambda settings, comparison: asked.append((settings.resolved(), comparison)))
+    arguments = ["--recipe", "resnet18-cifar10-adamw", "--methods", "demp-fast", "--prune-every", "7", "--steer-until", "0.2"]
+    assert main(["compare", *arguments]) == 0
+    (settings, comparison), = asked
+    ((_, level, changes),) = module._demp_runs(settings, comparison)
+    fast = dataclasses.replace(settings, **changes)
+    assert (fast.prune_every, fast.steer_until) == (7, 0.2)
+    assert (fast.criterion, fast.round_to, fast.peak_penalty, level) == ("window", 8, 0.0, "flops 0.2")
+    assert (settings.criterion, settings.round_to) == ("scan", 1)
 
 
 def test_table_holds_means_over_the_seeds(finished: Path) -> None:

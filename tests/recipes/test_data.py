@@ -174,3 +174,25 @@ def test_shares_of_ranks_are_the_whole_batch(name: str, tmp_path: Path) -> None:
         scanned = [len(torch.cat(list(part.train.scan()))) for part in (*parts, whole)]
         assert scanned[0] + scanned[1] == scanned[2] == whole.train.samples
     assert sum(len(labels) for part in parts for _, labels in part.test) == whole.test.samples
+
+
+def test_scans_do_not_change_the_batches_and_go_on_after_a_resume() -> None:
+    def batches(scanning: bool) -> TensorBatches:
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randint(256, (50, 1, 6, 6), generator=generator, dtype=torch.uint8)
+        labels, mean, std = torch.arange(50), torch.full((1,), 128.0), torch.full((1,), 64.0)
+        made = TensorBatches(images, labels, mean, std, batch_size=10, training=True, shift=1, flip=True)
+        found = []
+        for _ in range(2):
+            for pixels, _ in made:
+                found.append(pixels)
+                if scanning:
+                    list(made.scan(20))
+        seen.append(torch.stack(found))
+        return made
+
+    seen: list[torch.Tensor] = []
+    scanned, plain = batches(True), batches(False)
+    assert torch.equal(*seen)
+    plain.load_state_dict(scanned.state_dict())
+    assert torch.equal(torch.cat(list(plain.scan(20))), torch.cat(list(scanned.scan(20))))

@@ -116,6 +116,19 @@ def test_decoupled_sgd_against_its_formula() -> None:
         torch.testing.assert_close(p.detach(), expected)
 
 
+def test_decoupled_sgd_decays_nothing_in_a_step_that_overflows() -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    optimizer = DecoupledSGD([p], lr=0.1, momentum=0.9, weight_decay=0.05, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for number, expected in (("inf", 1.0), ("0", 1 - 0.1 * 0.05)):
+        scaler.scale((p * float(number)).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        torch.testing.assert_close(p.detach(), torch.full((5,), expected))
+
+
 def rates(**settings: object) -> list[float]:
     chosen = TrainSettings(**{"epochs": 10, "lr": 0.5, "warm_up": 0.0, **settings})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)

@@ -77,6 +77,17 @@ def test_an_interrupt_between_any_steps(whole: Path, tmp_path: Path, monkeypatch
     assert_same_end(tmp_path, whole)
 
 
+def test_an_interrupt_between_the_runs_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Any, *_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("demp_kernels.recipes.methods.Demon.prepare", interrupted)
+    assert train(tmp_path, *RUN) == 130
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["interrupted"] is True and summary["demp"] is None
+    assert "Stopped before the end" in (tmp_path / "report.html").read_text()
+
+
 def test_a_run_that_weighs_its_removals_is_resumed_with_its_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, taken = loop.Training._step, []
 
@@ -134,7 +145,10 @@ def test_damaged_checkpoints_and_lost_settings_are_one_line(
     assert train(tmp_path, "--resume", *RUN) == 2
     assert "out has a checkpoint but no settings.json" in capsys.readouterr().err
     (tmp_path / "settings.json").write_text((whole / "settings.json").read_text())
+    log = (whole / "metrics.csv").read_bytes()
+    (tmp_path / "metrics.csv").write_bytes(log)
     assert train(tmp_path, "--resume") == 2
+    assert (tmp_path / "metrics.csv").read_bytes() == log  # all that is left of the run
     errors = capsys.readouterr().err
     assert "out cannot be resumed: " in errors and "not a readable checkpoint" in errors and errors.count("\n") == 1
     assert (tmp_path / "checkpoint-dense.pt").read_bytes() == content[:-1000]

@@ -135,3 +135,12 @@ def run(name: str, moves: list[float]) -> tuple[int, Rival, nn.Module]:
             assert pruned_at == -1
             pruned_at = step
     return pruned_at, rival, model
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_scores_on_a_gpu_rank_units_as_well() -> None:
+    model = dk.prepare(ResNet18(1, 10, 8).cuda(), torch.randn(2, 1, 8, 8, device="cuda"))
+    graph = dk.UnitGraph.trace(model, torch.randn(2, 1, 8, 8, device="cuda"))
+    dead = lowest_units(model, graph, l1_scores(model, graph, [], 0), 0.5 * sum(p.numel() for p in model.parameters()))
+    assert sum(int(mask.sum()) for mask in dead.values()) > 0

@@ -21,7 +21,8 @@ net = nn.Sequential(nn.Linear(6, 24), nn.LayerNorm(24), nn.Linear(24, 16), nn.Re
 inner = dk.prepare(net, torch.randn(2, 6))
 model = DistributedDataParallel(inner) if world > 1 else inner
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-demp = dk.DemP(model, optimizer, total_steps=12, prune_every=4, peak_penalty=1e-3, peak_noise=1e-3, seed=1)
+average = torch.optim.swa_utils.AveragedModel(inner)
+demp = dk.DemP(model, optimizer, total_steps=12, prune_every=4, peak_penalty=1e-3, peak_noise=1e-3, seed=1, followers=average)
 x, y = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
 
 def train(steps):
@@ -39,7 +40,11 @@ if what == "save":
 else:
     assert dk.load_sharded(folder, model, optimizer, demp) == {"mine": 3}
     assert demp.steps_done == 6 and inner.get_submodule("2").weight.shape[0] <= 14
+with torch.no_grad():
+    inner.get_submodule("2").bias[[0]] = -50
 train(6)
+assert demp.report().live_units != demp.total_units
+assert [p.shape for p in average.module.parameters()] == [p.shape for p in inner.parameters()]
 torch.save([p.detach() for p in inner.parameters()], f"{result}.{rank}.pt")
 del model, demp, optimizer
 gc.collect()  # a wrapper that lives on keeps gloo's threads, which may then run into the interpreter's end: SIGABRT

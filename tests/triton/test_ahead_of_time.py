@@ -42,6 +42,10 @@ _AFFINE = dict(ACTIVATION="relu", HAS_WEIGHT=True, HAS_BIAS=True)
 _BITS = dict(_AFFINE, ADDED=True, NOISE=False, MASK=True)
 
 
+def _without(*names: str) -> dict[str, str]:
+    return {name: kind for name, kind in _GATHER.items() if name not in names}
+
+
 def _norm_act_kernel(kernel: object, constants: dict[str, object], wide: bool) -> tuple[object, dict[str, str], dict[str, object], bool]:
     types = {name: kind for name, kind in _NORM.items() if name in kernel.arg_names and name not in constants}
     return kernel, types, {name: value for name, value in constants.items() if name in kernel.arg_names}, wide
@@ -65,11 +69,18 @@ KERNELS = {
         _gather_list, dict(table="*i64", programs="i32"), dict(UNIT=tl.int32, BLOCK=BLOCK, FIELDS=FIELDS), False,
     ),
     "channel_select": (_select, _GATHER, dict(BLOCK=BLOCK), False),
+    # arguments that are 1 come as numbers
+    "channel_select, channels_last": (_select, _without("column_units"), dict(BLOCK=BLOCK, column_units=1), False),
+    "channel_select, one channel of one image": (
+        _select, _without("outer", "source_columns", "target_columns"),
+        dict(BLOCK=BLOCK, outer=1, source_columns=1, target_columns=1), False,
+    ),
     "norm_act statistics, planes": _norm_act_kernel(norm_act._statistics, _PLANES_OF, True),
     "norm_act statistics, rows": _norm_act_kernel(norm_act._statistics, _ROWS_OF, True),
     "norm_act combined statistics": _norm_act_kernel(norm_act._combine_statistics, _COMBINED, False),
     "norm_act normalise, planes": _norm_act_kernel(norm_act._normalise, dict(_BITS, **_PLANES_OF), True),
     "norm_act normalise, rows": _norm_act_kernel(norm_act._normalise, dict(_BITS, **_ROWS_OF), True),
+    "norm_act statistics, planes of one image": _norm_act_kernel(norm_act._statistics, dict(_PLANES_OF, outer=1), True),
     "norm_act bits": _norm_act_kernel(norm_act._bits, dict(_AFFINE, WIDE=tl.float32, BLOCK=norm_act.BLOCK), True),
     "norm_act sums, planes": _norm_act_kernel(norm_act._sums, dict(_BITS, FROM_BITS=True, **_PLANES_OF), True),
     "norm_act sums, rows": _norm_act_kernel(norm_act._sums, dict(_BITS, FROM_BITS=True, **_ROWS_OF), True),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 
@@ -21,3 +22,11 @@ def test_table_under_the_interpreter() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_rows_too_long_to_index_are_refused() -> None:
+    pytest.importorskip("triton")
+    from demp_kernels.ops.triton.compact import check_rows
+
+    with pytest.raises(ValueError, match=r"sources\[0\] has rows too long to index, got shape \(2, 3\)"):
+        check_rows("compact: sources[0]", torch.empty(2, 3), 1 << 30)
