@@ -38,7 +38,9 @@ class _Job:
     is_gradient: bool = False
 
     def replace(self, content: Tensor) -> None:
-        """Put the new content in place and let go of the old one."""
+        """Put the new content in place, with strides of the old one's layout, and let go of the old one."""
+        if content.dim() in (4, 5) and _one_order(content):
+            content = content.as_strided(self.shape, _strides(self.tensor, self.shape))
         self.put(content)
         self.tensor = content
 
@@ -203,7 +205,23 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def _strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     """Of a tensor of this shape in the given one's layout."""
-    return torch.empty(shape, device="meta", memory_format=memory_format(tensor)).stride()
+    return torch.empty(shape, device="meta", memory_format=_layout(tensor)).stride()
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """The memory format, of a tensor that is in both the one that its strides say: convolutions look at these. If it
+    depended on the way by which a weight came to its shape, a resumed run would round otherwise."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if channels_last is None or not _one_order(tensor):
+        return memory_format(tensor)
+    said = torch.empty(tensor.shape, device="meta", memory_format=channels_last).stride()
+    plain = torch.empty(tensor.shape, device="meta").stride()
+    return channels_last if tensor.stride() == said != plain else torch.contiguous_format
+
+
+def _one_order(tensor: Tensor) -> bool:
+    """Whether contiguous and channels_last are the same order of elements: one channel, or one place."""
+    return tensor.is_contiguous() and (tensor.shape[1] == 1 or tensor.shape[2:].numel() == 1)
 
 
 def _front(tensor: Tensor, shape: Sequence[int]) -> Tensor:

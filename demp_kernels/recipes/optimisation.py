@@ -31,22 +31,18 @@ class DecoupledSGD(torch.optim.SGD):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
-            for p in with_gradient if group["momentum"] else ():
-                if self.state[p].get("momentum_buffer") is None:
-                    # the same first step; if that one overflows, torch's fused SGD goes on from what its new memory held
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             if group["decoupled_decay"] and with_gradient:
-                decay = group["lr"] * group["decoupled_decay"]
-                # GradScaler's word, a tensor: 1 where the fused step that follows leaves the weights as they are
-                overflow = getattr(self, "found_inf", None)
-                torch._foreach_mul_(with_gradient, 1 - (decay if overflow is None else decay * (1 - overflow)))
+                torch._foreach_mul_(with_gradient, 1 - group["lr"] * group["decoupled_decay"])
         return super().step(closure)
 
 
 def build_optimizer(settings: TrainSettings, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     """AdamW, or SGD with momentum; fused, with decoupled weight decay on all parameters."""
     if settings.optimizer == "sgd":
-        return DecoupledSGD(parameters, settings.lr, settings.momentum, settings.weight_decay, fused=True)
+        # A step that overflows in fp16 is GradScaler's to leave out. Fused optimisers are called all the same: the decay would
+        # happen, and torch's SGD (2.14) goes on from uninitialised momentum if it was the first step, as it often is.
+        fused = settings.amp != "fp16"
+        return DecoupledSGD(parameters, settings.lr, settings.momentum, settings.weight_decay, fused=fused)
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 

@@ -356,3 +356,26 @@ def test_gradients_that_somebody_keeps_fit_their_parameters_afterwards() -> None
     assert all(p.grad.shape == p.shape for p in model.parameters())
     assert all(torch.equal(g, b) for g, b in zip(logged, before))
     assert torch.equal(model[0].bias.grad, before[1][~dead["1"]])
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("move_bytes", [1, 1 << 40])
+def test_strides_do_not_depend_on_the_way_to_a_shape(layout: torch.memory_format, move_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of one input is in both layouts; convolutions take the one that its strides say, and round accordingly."""
+    monkeypatch.setattr(commit_module, "MOVE_BYTES", move_bytes)
+    x = torch.randn(2, 3, 6, 6)
+    found = []
+    for ways in (((3, 0), (1, 2), (1, 4)), ((1, 4),)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)).to(memory_format=layout)
+        optimizer, graph = O.AdamW(net.parameters()), dk.UnitGraph.trace(net, x)
+        net(x).sum().backward()
+        optimizer.step()
+        for left, gone in ways:
+            first, second = graph.units.values()
+            dead = {"1": torch.arange(first) >= left, "3": torch.arange(second) < gone - (6 - second)}
+            dk.compact(net, optimizer, dead=dead, graph=graph)
+        found.append([(t.shape, t.stride()) for p in net.parameters() for t in (p, p.grad, *optimizer.state[p].values())])
+    assert found[0] == found[1] and found[0][10][0] == (2, 1, 3, 3)
+    strides = {torch.channels_last: (9, 1, 3, 1), torch.contiguous_format: (9, 9, 3, 1)}
+    assert found[0][10][1] == strides[layout]

@@ -10,7 +10,7 @@ import torch
 from image_files import write_cifar10, write_folder, write_idx
 
 from demp_kernels.cli import main
-from demp_kernels.recipes.optimisation import DecoupledSGD, build_schedule
+from demp_kernels.recipes.optimisation import DecoupledSGD, build_optimizer, build_schedule
 from demp_kernels.recipes.recipe_files import read_recipe, recipe_summaries
 from demp_kernels.recipes.settings import TrainSettings
 from demp_kernels.recipes.train_command import settings_from
@@ -118,7 +118,8 @@ def test_decoupled_sgd_against_its_formula() -> None:
 
 def test_decoupled_sgd_decays_nothing_in_a_step_that_overflows() -> None:
     p = torch.nn.Parameter(torch.ones(5))
-    optimizer = DecoupledSGD([p], lr=0.1, momentum=0.9, weight_decay=0.05, fused=True)
+    settings = TrainSettings(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.05, amp="fp16")
+    optimizer = build_optimizer(settings, [p])
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for number, expected in (("inf", 1.0), ("0", 1 - 0.1 * 0.05)):
         scaler.scale((p * float(number)).sum()).backward()
