@@ -91,7 +91,7 @@ class Builder:
         self.rows: dict[str, list[int]] = {}
         """Parameter -> slots whose entries its rows (dim 0) make, one for each use."""
         self.used: set[str] = set()
-        """Parameters and buffers that some graph reads."""
+        """Parameters and buffers that some graph reads, each by the first of its names."""
         self.uses: Counter[str] = Counter()
         """Parameter or buffer -> nodes of this graph that read it."""
 
@@ -243,6 +243,10 @@ class Builder:
             self._known[base, kind, call] = len(self.activations)
             self.activations.append(Activation(name, atoms, dim))
         return self._known[base, kind, call]
+
+    def is_read(self, name: str) -> bool:
+        """Whether a walked graph reads the parameter or buffer of that name."""
+        return self._canonical.get(name, name) in self.used
 
     def calls(self, path: str) -> int:
         """How often the module at `path` is called in this graph."""

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +60,17 @@ def materialise(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module, *, leaves_only: bool = False) -> Iterator[None]:
-    """Every module in evaluation mode (or only the childless ones and the norms, the others in training), without calling
-    `train()` or `eval()`, which models override; all flags come back exactly. Attention takes no shortcut for inference."""
+def evaluation_mode(
+    model: nn.Module, *, leaves_only: bool = False, awake: Collection[nn.Module] = ()
+) -> Iterator[None]:
+    """Every module in evaluation mode (or only the childless ones and the norms, but for those `awake`, and the others in
+    training), without calling `train()` or `eval()`, which models override; all flags come back exactly. Attention takes no
+    shortcut for inference."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
             leaf = next(module.children(), None) is None or isinstance(module, nn.modules.batchnorm._NormBase)
-            module.training = leaves_only and not leaf
+            module.training = leaves_only and (not leaf or module in awake)
         with without_fast_attention():
             yield
     finally:
@@ -75,18 +78,21 @@ def evaluation_mode(model: nn.Module, *, leaves_only: bool = False) -> Iterator[
             module.training = training
 
 
-def capture(model: nn.Module, inputs: tuple[Any, ...], *, leaves_only: bool = False) -> Capture:
+def capture(
+    model: nn.Module, inputs: tuple[Any, ...], *, leaves_only: bool = False, awake: Collection[nn.Module] = ()
+) -> Capture:
     """Capture the forward of `model` on tensors like `inputs`, in evaluation mode, on fake tensors.
 
     Args:
         leaves_only: put only the childless modules in evaluation mode. Auxiliary heads, which models run in training
-            only, are then part of the graph, while BatchNorm and the activations behave as in evaluation.
+            only, are then part of the graph, while BatchNorm and the activations behave as in evaluation. awake: childless
+            ones that are to be as in training all the same.
 
     Raises AnalysisError if torch.export cannot capture the model.
     """
     rng = torch.get_rng_state()
     try:
-        with TRACING, evaluation_mode(model, leaves_only=leaves_only):
+        with TRACING, evaluation_mode(model, leaves_only=leaves_only, awake=awake):
             # non-strict: runs the model's own Python, which captures what dynamo would refuse
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:

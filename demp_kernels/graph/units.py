@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..norm_modules import DemPBatchNormAct2d
 from . import rules_layers, rules_pointwise, rules_products, rules_recurrent, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
 from .atoms import PINNED
 from .builder import Builder
-from .capture import AnalysisError, as_tuple, capture, materialise, origin
+from .capture import AnalysisError, Capture, as_tuple, capture, materialise, origin
 from .flow import Flow
 from .gates import find_gates
 from .probe import ask
@@ -143,27 +142,24 @@ class UnitGraph:
             raise TypeError(f"UnitGraph.trace: model must be an nn.Module, got {type(model).__name__}")
         _refuse_converted(model)
         inputs = materialise(model, as_tuple(example_inputs))
-        captures = [capture(model, inputs)]
-        if _looks_at_training(model):
-            with suppress(AnalysisError):  # a training forward may want more, targets say; the other way is the one to follow then
-                captures.append(capture(model, inputs, leaves_only=True))
+        evaluated, trained = capture(model, inputs), None
+        differs = _looks_at_training(model)
         choices: dict[fx.Node, int] = {}
         pins: dict[tuple[str, int], str] = {}
         for _ in range(ATTEMPTS):
             builder = Builder(model, choices)
-            for captured in captures:
+            builder.run(evaluated)
+            if trained is None and (differs or _unread(model, builder) or _owners_of_unread_buffers(model, builder)):
+                # what runs in training only reads units too; its graph shares parameters and units with the first
+                trained = _capture_training(model, inputs, builder)
+            for captured in trained or ():
                 builder.run(captured)
-            untraced = _untraced(model, builder)
-            if untraced and len(captures) == 1:
-                # heads that run in training only read units too; their graph shares parameters and units with the first
-                captures.append(capture(model, inputs, leaves_only=True))
-                builder.run(captures[1])
-                untraced = _untraced(model, builder)
+            untraced = _unread(model, builder)
             for key, reason in pins.items():
                 if key in builder.axes:
                     builder.atoms.pin(builder.axes[key].atoms, reason)
             graph = cls(builder, _without_memory(inputs), untraced)
-            answer = ask(model, graph, builder, captures)
+            answer = ask(model, graph, builder, [evaluated, *(trained or ())])
             graph.proved = answer.proves
             del graph.number
             if not answer.wrong and not answer.pins:
@@ -427,9 +423,33 @@ def _without_memory(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree_map(lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, inputs)
 
 
-def _untraced(model: nn.Module, built: Builder) -> list[str]:
-    """Parameters that the captured graphs never read."""
-    return [name for name, _ in model.named_parameters() if name not in built.used]
+def _unread(model: nn.Module, built: Builder) -> list[str]:
+    """Parameters that the walked graphs never read."""
+    return [name for name, _ in model.named_parameters() if not built.is_read(name)]
+
+
+def _owners_of_unread_buffers(model: nn.Module, built: Builder) -> set[nn.Module]:
+    """Modules, not torch's or this package's, with a buffer that could have an entry a unit and that no walked graph reads."""
+    return {
+        module for path, module in model.named_modules() if not _is_known(type(module))
+        for leaf, buffer in module.named_buffers(recurse=False)
+        if buffer.dim() and not built.is_read(f"{path}.{leaf}" if path else leaf)
+    }
+
+
+def _capture_training(model: nn.Module, inputs: tuple[Any, ...], built: Builder) -> list[Capture]:
+    """The training forward. Empty if it wants more than the inputs, targets say, and evaluation reads every parameter: then
+    evaluation is all there is to go by. Raises AnalysisError if some are left."""
+    try:
+        return [capture(model, inputs, leaves_only=True, awake=_owners_of_unread_buffers(model, built))]
+    except AnalysisError:
+        if _unread(model, built):
+            raise
+        return []
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.startswith(("torch.", "demp_kernels."))
 
 
 def _looks_at_training(model: nn.Module) -> bool:
@@ -438,7 +458,7 @@ def _looks_at_training(model: nn.Module) -> bool:
     kinds = {base for m in model.modules() if next(m.children(), None) is not None for base in type(m).__mro__}
     return any(
         "training" in getattr(getattr(member, "__code__", None), "co_names", ())
-        for kind in kinds if not kind.__module__.startswith(("torch.", "demp_kernels.")) for member in vars(kind).values()
+        for kind in kinds if not _is_known(kind) for member in vars(kind).values()
     )
 
 

@@ -139,7 +139,6 @@ images("depthwise x3", through, 24, layer(lambda: nn.Conv2d(UNITS, 24, 3, groups
 images("depthwise x2 with a bias", through, 16, layer(lambda: nn.Conv2d(UNITS, 16, 3, groups=UNITS)), why="conv2d.default in k")
 images("depthwise transposed", through, 16, layer(lambda: nn.ConvTranspose2d(UNITS, 16, 3, groups=UNITS, bias=False)))
 tokens("linear", through, 6, layer(lambda: nn.Linear(UNITS, 6)))
-tokens("linear with a vector", lambda m, y: F.linear(y, m.k.weight[0]).unsqueeze(-1), 1, layer(lambda: nn.Linear(UNITS, 6)))
 tokens("linear with a parameter that is a vector", lambda m, y: F.linear(y, m.w).unsqueeze(-1), 1, lambda: {"w": nn.Parameter(torch.randn(UNITS))}, why="linear.default")
 tokens("bilinear", lambda m, y: m.k(y, y.sum(-1, keepdim=True)), 6, layer(lambda: nn.Bilinear(UNITS, 1, 6)), why="bilinear.default in k")
 

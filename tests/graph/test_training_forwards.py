@@ -104,3 +104,34 @@ def test_a_forward_that_wants_targets_in_training_is_analysed_as_in_evaluation()
     model = Detector()
     assert dk.compact(model, None, torch.randn(3, 6), dead={"act": torch.arange(8) < 3}).removed == {"act": 3}
     assert model(torch.randn(3, 6), torch.zeros(3, 2)).shape == ()
+
+
+class Tracker(nn.Module):
+    """A childless module that keeps a mean of each channel, in training only."""
+
+    def __init__(self, channels: int, own: bool) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.gain = nn.Parameter(torch.ones(channels)) if own else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+            return x if self.gain is None else x * self.gain
+        return x
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_statistics_that_only_training_keeps_stay_as_wide_as_what_they_are_of(own: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Tracker(8, own), nn.Linear(8, 2)), torch.randn(4, 6)
+    before = [b.clone() for b in model.buffers()]
+    report = dk.compact(model, None, x, dead={"1": torch.arange(8) < 3})
+    assert torch.equal(*before, *model.buffers()), "the analysis computes nothing"
+    assert model.train()(x).shape == (4, 2) and model[2].mean.numel() == model[0].out_features
+    assert report.removed or "1" in report.kept
+
+
+def test_a_buffer_that_nothing_reads_keeps_nothing() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 6)
+    model.register_buffer("note", torch.zeros(8))
+    assert dk.compact(model, None, x, dead={"1": torch.arange(8) < 3}).removed == {"1": 3}
