@@ -152,9 +152,7 @@ def _carry_out(
     if plan.cuts or plan.selections:
         for number, follower in enumerate(followers):
             plan.add(_follow(follower, number, graph, keep, folding))
-        for cut in plan.cuts:
-            if cut.tensor.layout != torch.strided or (cut.tensor.grad is not None and cut.tensor.grad.is_sparse):
-                raise CompactionError(f"{cut.name} must be a dense tensor with a dense gradient")
+        plan.require_dense()
         states = plan_states(optimizers, plan.cuts)
         if not graph.proved:
             validate(model, graph, plan)
@@ -234,7 +232,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The module inside the wrappers of torch.compile, data parallelism and averages, however they are nested."""
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, (AveragedModel, DataParallel, DistributedDataParallel)):
             model = model.module
         else:

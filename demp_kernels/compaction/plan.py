@@ -83,6 +83,12 @@ class Plan:
         self.attributes += other.attributes
         self.modules += other.modules
 
+    def require_dense(self) -> None:
+        """Raises CompactionError for a tensor that cannot be cut: a sparse one, or one with a sparse gradient."""
+        for cut in self.cuts:
+            if cut.tensor.layout != torch.strided or (cut.tensor.grad is not None and cut.tensor.grad.is_sparse):
+                raise CompactionError(f"{cut.name} must be a dense tensor with a dense gradient")
+
 
 def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
     """Turn the kept classes into cuts. Raises ValueError if the graph is not that of `model` as it is now."""

@@ -12,7 +12,7 @@ from ..graph import UnitGraph
 from ..graph.units import Keep
 from .commit import commit
 from .optimizer import StateCut
-from .plan import CompactionError, make_plan
+from .plan import make_plan
 from .validate import validate
 
 __all__ = ["Restoration", "plan_to_dict", "saved_keep"]
@@ -68,9 +68,7 @@ class Restoration:
         """Keys of additions in the model's `state_dict` afterwards, and their shapes."""
         for follower in followers:
             self.plan.add(make_plan(follower, graph, keep))
-        for cut in self.plan.cuts:
-            if cut.tensor.layout != torch.strided or (cut.tensor.grad is not None and cut.tensor.grad.is_sparse):
-                raise CompactionError(f"{cut.name} must be a dense tensor with a dense gradient")
+        self.plan.require_dense()
         if self.plan.cuts and not graph.proved:
             validate(model, graph, self.plan)
         self._shapes = {id(cut.tensor): cut.shape for cut in self.plan.cuts}

@@ -62,8 +62,10 @@ class DemPCallback(Callback):
         assert self.demp is not None
         # fused optimisers unscale in their own step, so that here gradients are still scaled
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-        self.demp.penalise_gradients(scaler.get_scale() if scaled else 1.0)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            self.demp.penalise_gradients(scaler.get_scale())
+        else:
+            self.demp.penalise_gradients()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self._seen:

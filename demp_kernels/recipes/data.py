@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import RecipeError, need
+from .errors import RecipeError, need, one_line
 from .folder import SCANNED, FolderBatches, load_folder, too_few_images
 from .order import EpochOrder
 from .ranks import Ranks
@@ -203,7 +203,7 @@ def read_cifar10(folder: Path | None) -> ImageTensors:
         try:
             train, test = (Unverified(root, train=part) for part in (True, False))
         except Exception as error:  # the reader unpickles: a foreign file can raise anything
-            raise RecipeError(f"data-dir is not a CIFAR-10 folder: {folder}: {_one_line(error)}") from error
+            raise RecipeError(f"data-dir is not a CIFAR-10 folder: {folder}: {one_line(error)}") from error
         images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
         labels = [torch.tensor(part.targets) for part in (train, test)]
         return ImageTensors(images[0], labels[0], images[1], labels[1], shift=4, flip=True)
@@ -319,7 +319,7 @@ def _downloaded(name: str, download: Callable[[], object]) -> None:
     try:
         download()
     except Exception as error:  # network, disk and checksum errors come in many classes
-        raise RecipeError(f"{name} cannot be downloaded ({_one_line(error)}); name a folder: data-dir") from error
+        raise RecipeError(f"{name} cannot be downloaded ({one_line(error)}); name a folder: data-dir") from error
 
 
 def _plain_or_gz(path: Path) -> Path | None:
@@ -335,7 +335,7 @@ def _read_idx(file: Path, read: Callable[[str], Tensor]) -> Tensor:
             plain.flush()
             return read(plain.name)
     except Exception as error:  # a foreign file fails anywhere in gzip or in the reader, an AssertionError included
-        raise RecipeError(f"data-dir has a file that is not of the IDX format: {file}: {_one_line(error)}") from error
+        raise RecipeError(f"data-dir has a file that is not of the IDX format: {file}: {one_line(error)}") from error
 
 
 def _unpack(archive: Path, target: Path) -> None:
@@ -343,8 +343,4 @@ def _unpack(archive: Path, target: Path) -> None:
     try:
         extract_archive(archive, target)
     except Exception as error:  # tarfile, gzip and zlib each have errors of their own
-        raise RecipeError(f"data-dir has a damaged archive: {archive}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise RecipeError(f"data-dir has a damaged archive: {archive}: {one_line(error)}") from error

@@ -4,11 +4,16 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["RecipeError", "need"]
+__all__ = ["RecipeError", "need", "one_line"]
 
 
 class RecipeError(ValueError):
     """A request that cannot be met. Its text is one line: what was asked, what is required, what was found."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as a part of a line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def need(module: str, purpose: str) -> ModuleType:

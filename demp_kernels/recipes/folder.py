@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset
 
-from .errors import RecipeError, need
+from .errors import RecipeError, need, one_line
 from .order import EpochOrder
 from .ranks import Ranks
 
@@ -202,5 +202,4 @@ def _images(folder: Path, transform: Any) -> Any:
     try:
         return datasets.ImageFolder(str(folder), transform)
     except OSError as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"data-dir must hold one sub-folder of images a class, got {folder} ({reason})") from error
+        raise RecipeError(f"data-dir must hold one sub-folder of images a class, got {folder} ({one_line(error)})") from error

@@ -23,7 +23,7 @@ from ..strided import avoid_broken_kernel
 from ..training import CheckpointError, load_checkpoint, save_checkpoint
 from ..training.distributed import forget_compiled, mean_over_ranks, sum_counters
 from .data import ImageData, load_data
-from .errors import RecipeError
+from .errors import RecipeError, one_line
 from .flops import count_flops, count_parameters
 from .machine import StepClock
 from .methods import Method, Plan
@@ -117,8 +117,7 @@ class Training:
             plan = Plan(settings, total_steps, steps_per_epoch, self._scan_batches, self._labelled_batches)
             method.attach(self._step_model, self.optimizer, plan)
         except (PrepareError, CompactionError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise RecipeError(f"{settings.model} cannot be trained with {method.name}: {reason}") from error
+            raise RecipeError(f"{settings.model} cannot be trained with {method.name}: {one_line(error)}") from error
         self.result.setup_seconds = time.perf_counter() - began
 
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
@@ -250,7 +249,7 @@ class Training:
             self.data.train.load_state_dict(saved["data"])
             made_with = saved["threads"], saved["processes"]
         except (CheckpointError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise RecipeError(f"out cannot be resumed: {' '.join(str(error).split())}") from error
+            raise RecipeError(f"out cannot be resumed: {one_line(error)}") from error
         for watcher in self.watchers:
             watcher.restored(result)
         return made_with
@@ -344,8 +343,7 @@ def new_model(settings: TrainSettings, data: ImageData) -> nn.Module:
             model.eval()(torch.zeros(2, data.channels, data.image_size, data.image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         size = f"{data.channels}x{data.image_size}x{data.image_size}"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RecipeError(f"{settings.model} does not take images of {size}; image-size resizes ({reason})") from error
+        raise RecipeError(f"{settings.model} does not take images of {size}; image-size resizes ({one_line(error)})") from error
     return model.train()
 
 

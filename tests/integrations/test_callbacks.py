@@ -130,7 +130,7 @@ def test_lightning_penalises_gradients_as_they_are_scaled(fused: bool, scaler: b
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05, fused=fused)
     precision = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 128.0) if scaler else None)
     callback = DemPCallback(net, **OPTIONS)
-    callback.demp = SimpleNamespace(penalise_gradients=lambda scale: given.append(scale))
+    callback.demp = SimpleNamespace(penalise_gradients=lambda scale=1.0: given.append(scale))
     given: list[float] = []
     callback.on_before_optimizer_step(SimpleNamespace(precision_plugin=precision), None, optimizer)
     assert given == [scale]
