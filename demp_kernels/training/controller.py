@@ -32,6 +32,7 @@ from .distributed import (
 from .liveness import (
     StepLiveness,
     activations_of,
+    calls_by_name,
     check_counters,
     counters_of,
     not_finite,
@@ -173,7 +174,8 @@ class DemP:
         self._penalised = penalised_parameters(self._model, penalty_on) if self.peak_penalty > 0 else []
         check_followers(self._model, as_followers(followers))
         self.graph = UnitGraph.trace(self._model, inputs)
-        if criterion == "window" and (several := several_widths(self._model, self.graph)):
+        self._calls = calls_by_name(self._model, self.graph)
+        if criterion == "window" and (several := several_widths(self._calls)):
             path, widths = next(iter(several.items()))
             warnings.warn(
                 f"{path} is called with {', '.join(map(str, widths))} units, and one counter cannot tell the calls apart: their units "
@@ -340,7 +342,7 @@ class DemP:
 
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
-        live = of_calls(self._model, self.graph, any_rank(self._liveness.take()))
+        live = of_calls(self._calls, any_rank(self._liveness.take()))
         noise_on_live(self._model, live, self.graph.gates, std, self._noise_seed)
         self._noise_seed.add_(1)
 

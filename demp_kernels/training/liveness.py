@@ -17,8 +17,8 @@ from ..modules import DemPActivation
 from .distributed import every_rank, sum_counters
 
 __all__ = [
-    "StepLiveness", "activations_of", "check_counters", "counters_of", "not_finite", "of_calls", "scan_dead", "several_widths",
-    "window_dead",
+    "StepLiveness", "activations_of", "calls_by_name", "check_counters", "counters_of", "not_finite", "of_calls", "scan_dead",
+    "several_widths", "window_dead",
 ]
 
 
@@ -33,19 +33,20 @@ def counters_of(model: nn.Module) -> list[Tensor]:
     return [counter for pair in counted for counter in pair if counter is not None]
 
 
-def of_calls(model: nn.Module, graph: UnitGraph, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks by the name of a module, which may be called several times, as masks by the names of its calls."""
+def calls_by_name(model: nn.Module, graph: UnitGraph) -> dict[str, list[ActivationUnits]]:
+    """Name of each activation, as `activations_of` has it -> its calls, which follow the removals."""
     calls = graph.calls_of(model)
-    return {
-        call.name: masks[name] for name, module in activations_of(model).items() if name in masks
-        for call in calls.get(module, ()) if call.atoms.size == masks[name].numel()
-    }
+    return {name: calls.get(module, []) for name, module in activations_of(model).items()}
 
 
-def several_widths(model: nn.Module, graph: UnitGraph) -> dict[str, list[int]]:
+def of_calls(calls: Mapping[str, list[ActivationUnits]], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks by the name of an activation as masks by the names of its calls."""
+    return {call.name: mask for name, mask in masks.items() for call in calls.get(name, ()) if call.atoms.size == mask.numel()}
+
+
+def several_widths(calls: Mapping[str, list[ActivationUnits]]) -> dict[str, list[int]]:
     """Activations that are called with different numbers of units, and these numbers: one counter cannot tell them apart."""
-    calls = graph.calls_of(model)
-    widths = {name: [call.atoms.size for call in calls.get(m, ())] for name, m in activations_of(model).items()}
+    widths = {name: [call.atoms.size for call in of_name] for name, of_name in calls.items()}
     return {name: found for name, found in widths.items() if len(set(found)) > 1}
 
 
