@@ -39,7 +39,7 @@ class DemPActivation(nn.Module):
     seen: Tensor | None
     """Elements of each unit looked at since `reset_counts`, a scalar int64 tensor: a unit is dead when `seen` is
     positive and its `active` is zero."""
-    mixed: bool
+    mixed: bool = False
     """Whether the number of units has changed since `reset_counts`, as it does where one module is called at several places
     of several widths: the counters are those of the last call only, and tell of no unit that it is dead."""
 

@@ -79,8 +79,8 @@ class Builder:
         self._calls: dict[str, int] = {}
         self._activation_calls: dict[tuple[str, str | None], int] = {}
         self._known: dict[tuple[str, str | None, int], int] = {}
-        self._called: dict[tuple[str, str | None], list[tuple[int, np.ndarray]]] = {}
-        """Activation -> graph and units of each call."""
+        self._called: dict[tuple[str, str | None], list[tuple[int, list[str], np.ndarray]]] = {}
+        """Activation -> of each call: graph, paths of the modules whose results it takes, units."""
         self._graph = 0
         """Number of the graph that is walked, from 1."""
         self._canonical = _canonical_names(model)
@@ -119,7 +119,7 @@ class Builder:
             elif node.op == "call_function":
                 self.env[node] = self._call(node)
                 self._write_back(node)
-                if not node.users and node.target is not operator.getitem:
+                if not node.users and node.target is not operator.getitem and not _writes(node):
                     # whoever asks for it elsewhere (a head that is returned in training only) finds it whole
                     self.pin(self.env[node], f"{origin(node)} is computed, and used nowhere")
             elif node.op == "output":
@@ -131,13 +131,14 @@ class Builder:
         self._pin_shifted_calls()
 
     def _pin_shifted_calls(self) -> None:
-        """Keep the units of activations that training calls more, or fewer, times than evaluation: it is not known which of
-        the calls are the same."""
+        """Keep the units of activations that training calls more, or fewer, times than evaluation, or behind other layers: it is
+        not known which of the calls are the same."""
         for (base, _), calls in self._called.items():
-            counts = Counter(graph for graph, _ in calls)
-            if len(set(counts.values())) > 1:
-                for _, atoms in calls:
-                    self.atoms.pin(atoms, f"{base} is called {' or '.join(map(str, sorted(counts.values())))} times")
+            first, second = ([behind for graph, behind, _ in calls if graph == number] for number in (1, 2))
+            if second and first and len(first) + len(second) > 2 and first != second:
+                how = f"{len(first)} times in evaluation, {len(second)} in training" if len(first) != len(second) else "behind other layers in training"
+                for *_, atoms in calls:
+                    self.atoms.pin(atoms, f"{base} is called {how}")
 
     def _call(self, node: fx.Node) -> Any:
         found = RULES.get(node.target)
@@ -150,8 +151,7 @@ class Builder:
 
     def _write_back(self, node: fx.Node) -> None:
         """An op that writes into its first argument: later readers of that memory see the result."""
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable or not node.args:
+        if not _writes(node) or not node.args:
             return
         target = node.args[0]
         result = self.env[node]
@@ -232,7 +232,8 @@ class Builder:
         base = path if kind is None else ".".join(filter(None, [path, kind]))
         call = self._activation_calls.get((base, kind), 0)
         self._activation_calls[base, kind] = call + 1
-        self._called.setdefault((base, kind), []).append((self._graph, atoms))
+        behind = [] if self._node is None else [module_path(source) for source in self._node.all_input_nodes]
+        self._called.setdefault((base, kind), []).append((self._graph, behind, atoms))
         known = self._known.get((base, kind, call))
         if known is None or self.activations[known].atoms.shape != atoms.shape:
             name = base
@@ -401,6 +402,12 @@ class Builder:
     def states(self, path: str, name: str, number: int) -> bool:
         """Whether the module at `path` has an attribute of that name and number."""
         return getattr(self._modules.get(path), name, None) == number
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether the op writes into an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

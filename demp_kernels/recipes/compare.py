@@ -190,7 +190,7 @@ def _demp_runs(settings: TrainSettings, comparison: Comparison) -> list[tuple[st
         for penalty in comparison.peak_penalties or (settings.peak_penalty,):
             runs.append(("demp", f"penalty {penalty:g}", {"peak_penalty": penalty}))
     if "demp-fast" in comparison.methods:
-        fast = dict(comparison.fast)
+        fast = {**comparison.fast, "steer_until": settings.steer_until}
         shares = comparison.target_flops or (() if comparison.target_sparsities else (PRESETS["fast"]["target_flops"],))
         for share in shares:
             runs.append(("demp-fast", f"flops {share:g}", {**fast, "target_flops": share}))

@@ -57,7 +57,7 @@ def _run(chosen: argparse.Namespace) -> None:
         name: tuple(given[flag]) if isinstance(given[flag], list) else given[flag]
         for flag, name in names.items() if flag in given
     }
-    choices["fast"] = {name: value for name, value in PRESETS["fast"].items() if name not in given}
     for flag in ("peak_penalty", "target_flops", "target_sparsity"):
-        given.pop(flag, None)
+        given.pop(flag, None)  # of runs by themselves, not of the settings of all
+    choices["fast"] = {name: value for name, value in PRESETS["fast"].items() if name not in given}
     compare(settings_from(chosen), Comparison(**choices))

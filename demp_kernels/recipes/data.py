@@ -117,8 +117,9 @@ class TensorBatches:
         return {"order": self.order.state_dict(), "scans": self._scans.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order.load_state_dict(state["order"])
-        self._scans.set_state(state["scans"])
+        self.order.load_state_dict(state.get("order", state))  # of 0.1's first checkpoints, the order was all
+        if "scans" in state:
+            self._scans.set_state(state["scans"])
 
     def _pixels(self, images: Tensor) -> Tensor:
         images = torch.addcmul(self.offset, images.float(), self.scale)

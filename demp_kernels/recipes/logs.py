@@ -22,26 +22,29 @@ loss: mean of the task loss since the row before; accuracy: on the test images, 
 class CsvLog:
     """Rows of all runs in one file, on disk as soon as they are known. Raises RecipeError if they cannot be written.
 
-    What the file holds is replaced at the first row, not before: a resumed run's rows come once its checkpoint was loaded.
+    What the file holds is replaced when there is a new row, not before: a resumed run whose checkpoint cannot be read leaves it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: IO[str] | None = None
+        self._restored: list[dict[str, Any]] = []
 
     def row(self, result: RunResult, row: dict[str, Any]) -> None:
         try:
             if self._file is None:
                 self._file = self._path.open("w", newline="")
                 csv.DictWriter(self._file, COLUMNS).writeheader()
-            csv.DictWriter(self._file, COLUMNS).writerow({name: _short(value) for name, value in row.items()})
+            writer = csv.DictWriter(self._file, COLUMNS)
+            for each in (*self._restored, row):
+                writer.writerow({name: _short(value) for name, value in each.items()})
+            self._restored.clear()
             self._file.flush()
         except OSError as error:
             raise RecipeError(f"{self._path} cannot be written: {error.strerror}") from error
 
     def restored(self, result: RunResult) -> None:
-        for row in result.rows:
-            self.row(result, row)
+        self._restored += result.rows
 
     def close(self) -> None:
         if self._file is not None:

@@ -18,8 +18,8 @@ __all__ = [
 ]
 
 
-MODULE_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")))
-"""Attributes in which a module keeps the hooks that were registered on it."""
+MODULE_HOOKS = tuple(name for name in vars(nn.Module()) if "_hook" in name)
+"""Attributes in which a module keeps the hooks that were registered on it, and of which kind they are."""
 
 
 def is_distributed() -> bool:

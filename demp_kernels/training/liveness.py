@@ -1,8 +1,8 @@
 """Which units are alive: in the last step, over a window of training steps, or on scanned batches."""
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,12 +74,15 @@ def scan_dead(
     Returns name -> (units,) bool. Raises ValueError if there was no batch.
     """
     dead: dict[str, Tensor] = {}
+    made: Counter[nn.Module] = Counter()
+    """Calls of this forward."""
 
     def look(calls: list[ActivationUnits]) -> Callable[..., None]:
-        names = itertools.cycle(call.name for call in calls)
-
         def hook(module: DemPActivation, _args: Any, _kwargs: Any, output: Tensor) -> None:
-            name = next(names)  # every forward makes the calls in the order of the analysis
+            made[module] += 1
+            if made[module] > len(calls) or output.shape[module.channel_dim] != calls[made[module] - 1].atoms.size:
+                return  # not a call that was analysed; those were in this order, and those of training alone behind them
+            name = calls[made[module] - 1].name
             others = [d for d in range(output.dim()) if d != module.channel_dim % output.dim()]
             # not (sum > 0) would call NaN dead; a unit that gives NaN is alive and has to be seen
             silent = output.sum(others, dtype=torch.float64 if output.device.type == "cpu" else torch.float32) <= 0
@@ -89,9 +92,15 @@ def scan_dead(
 
     calls = graph.calls_of(model)
     hooks = [(module, look(calls[module])) for module in activations_of(model).values() if module in calls]
-    # one after the other: a scan's images need not fit into memory together
-    watch(model, map(as_arguments, batches() if callable(batches) else batches), hooks)
-    if not dead:
+
+    def forwards() -> Iterator[tuple[Any, ...]]:
+        # one after the other: a scan's images need not fit into memory together
+        for batch in batches() if callable(batches) else batches:
+            made.clear()
+            yield as_arguments(batch)
+
+    watch(model, forwards(), hooks)
+    if hooks and not dead:
         raise ValueError("scan_batches must give at least one batch, got none")
     return every_rank(dead)
 

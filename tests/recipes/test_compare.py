@@ -67,6 +67,7 @@ def test_the_preset_of_a_budget_goes_under_the_flags(monkeypatch: pytest.MonkeyP
     asked = []
     monkeypatch.setattr(compare_command, "compare", lambda settings, comparison: asked.append((settings.resolved(), comparison)))
     arguments = ["--recipe", "resnet18-cifar10-adamw", "--methods", "demp-fast", "--prune-every", "7", "--steer-until", "0.2"]
+    arguments += ["--peak-penalty", "0.01", "0.02"]  # of runs of the method demp
     assert main(["compare", *arguments]) == 0
     (settings, comparison), = asked
     ((_, level, changes),) = module._demp_runs(settings, comparison)

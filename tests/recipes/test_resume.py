@@ -152,6 +152,10 @@ def test_damaged_checkpoints_and_lost_settings_are_one_line(
     errors = capsys.readouterr().err
     assert "out cannot be resumed: " in errors and "not a readable checkpoint" in errors and errors.count("\n") == 1
     assert (tmp_path / "checkpoint-dense.pt").read_bytes() == content[:-1000]
+    (tmp_path / "checkpoint-dense.pt").write_bytes(content)  # this run is read, the other one is not
+    (tmp_path / "checkpoint.pt").write_bytes((whole / "checkpoint.pt").read_bytes()[:-1000])
+    assert train(tmp_path, "--resume") == 2
+    assert (tmp_path / "metrics.csv").read_bytes() == log
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -> None:

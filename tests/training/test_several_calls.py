@@ -174,3 +174,24 @@ def test_the_steering_leaves_min_units_alone() -> None:
     demp = controller(model, total_steps=20, prune_every=5, min_units=20, steering=steering, peak_noise=0.0)
     steps(model, demp, [X] * 20)
     assert list(demp.live_units.values()) == [20] and int((model.get_submodule("1").weight == 0).sum()) == 0
+
+
+def test_a_scan_of_a_model_that_calls_its_activation_more_often_in_training() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act, self.side, self.out = nn.Linear(6, 16), dk.DemPReLU(), nn.Linear(16, 8), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.fc(x))
+            return self.out(y) + self.act(self.side(y)).sum() if self.training else self.out(y)
+
+    model = Head()
+    demp = controller(model, criterion="scan", scan_batches=[X, X + 1])
+    assert steps(model, demp, [X] * 4) is not None and demp.live_units == demp.total_units
+    assert set(scan_dead(model, demp.graph, [X, X + 1])) == {"act@0"}
+
+
+def test_a_scan_without_anything_to_look_at_finds_nothing() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    assert scan_dead(net, UnitGraph.trace(net, X), [X]) == {}
