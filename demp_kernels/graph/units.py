@@ -14,10 +14,11 @@ from ..norm_modules import DemPBatchNormAct2d
 from . import rules_layers, rules_pointwise, rules_products, rules_recurrent, rules_reduce, rules_shape  # noqa: F401  (they register themselves)
 from .atoms import PINNED
 from .builder import Builder
-from .capture import AnalysisError, Capture, as_tuple, capture, materialise, origin
+from .capture import as_tuple, capture, materialise, origin
 from .flow import Flow
 from .gates import find_gates
 from .probe import ask
+from .training_forward import capture_training, leaves_something, looks_at_training, unread_parameters
 from .trial import Widths
 from .values import Balance, Selection
 
@@ -130,7 +131,7 @@ class UnitGraph:
 
         Nothing of the model changes, and nothing is computed; module modes come back exactly. What only a training forward
         does (auxiliary heads, features that it returns) is followed in a second graph, where the code looks at `training` or
-        the first graph leaves parameters unread.
+        the first graph leaves parameters or buffers unread.
 
         Args:
             example_inputs: a tensor or a tuple of the forward's positional arguments; meta tensors will do.
@@ -143,18 +144,18 @@ class UnitGraph:
         _refuse_converted(model)
         inputs = materialise(model, as_tuple(example_inputs))
         evaluated, trained = capture(model, inputs), None
-        differs = _looks_at_training(model)
+        differs = looks_at_training(model)
         choices: dict[fx.Node, int] = {}
         pins: dict[tuple[str, int], str] = {}
         for _ in range(ATTEMPTS):
             builder = Builder(model, choices)
             builder.run(evaluated)
-            if trained is None and (differs or _unread(model, builder) or _owners_of_unread_buffers(model, builder)):
+            if trained is None and (differs or leaves_something(model, builder)):
                 # what runs in training only reads units too; its graph shares parameters and units with the first
-                trained = _capture_training(model, inputs, builder)
+                trained = capture_training(model, inputs, builder)
             for captured in trained or ():
                 builder.run(captured)
-            untraced = _unread(model, builder)
+            untraced = unread_parameters(model, builder)
             for key, reason in pins.items():
                 if key in builder.axes:
                     builder.atoms.pin(builder.axes[key].atoms, reason)
@@ -421,45 +422,6 @@ def _depends_on(classes: np.ndarray, dim: int) -> bool:
 
 def _without_memory(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree_map(lambda x: torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x, inputs)
-
-
-def _unread(model: nn.Module, built: Builder) -> list[str]:
-    """Parameters that the walked graphs never read."""
-    return [name for name, _ in model.named_parameters() if not built.is_read(name)]
-
-
-def _owners_of_unread_buffers(model: nn.Module, built: Builder) -> set[nn.Module]:
-    """Modules, not torch's or this package's, with a buffer that could have an entry a unit and that no walked graph reads."""
-    return {
-        module for path, module in model.named_modules() if not _is_known(type(module))
-        for leaf, buffer in module.named_buffers(recurse=False)
-        if buffer.dim() and not built.is_read(f"{path}.{leaf}" if path else leaf)
-    }
-
-
-def _capture_training(model: nn.Module, inputs: tuple[Any, ...], built: Builder) -> list[Capture]:
-    """The training forward. Empty if it wants more than the inputs, targets say, and evaluation reads every parameter: then
-    evaluation is all there is to go by. Raises AnalysisError if some are left."""
-    try:
-        return [capture(model, inputs, leaves_only=True, awake=_owners_of_unread_buffers(model, built))]
-    except AnalysisError:
-        if _unread(model, built):
-            raise
-        return []
-
-
-def _is_known(kind: type) -> bool:
-    return kind.__module__.startswith(("torch.", "demp_kernels."))
-
-
-def _looks_at_training(model: nn.Module) -> bool:
-    """Whether the code of a module with children, not one of torch's, mentions `training`. Childless ones are analysed as in
-    evaluation either way."""
-    kinds = {base for m in model.modules() if next(m.children(), None) is not None for base in type(m).__mro__}
-    return any(
-        "training" in getattr(getattr(member, "__code__", None), "co_names", ())
-        for kind in kinds if not _is_known(kind) for member in vars(kind).values()
-    )
 
 
 def _refuse_converted(model: nn.Module) -> None:
