@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import demp_kernels as dk
+from demp_kernels.graph.capture import capture
 
 X = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -202,6 +204,40 @@ def test_two_threads_analyse_two_networks() -> None:
         together = list(pool.map(lambda model: train(set_up(model)), [prepared(), compacted()]))
     for found, expected in zip(together, alone):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+class StepMeanwhile(nn.Module):
+    """While its forward is exported, another thread goes half-way through a function like an optimiser's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.exporting, self.entered, self.leave = Event(), Event(), Event()
+
+    def step(self) -> bool:
+        return self.exporting.wait(60) and self.half_way()
+
+    @torch.compiler.disable
+    def half_way(self) -> bool:
+        self.entered.set()
+        return self.leave.wait(60)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.exporting.set()
+        assert self.entered.wait(60)
+        assert "half_way" not in str(torch.fx.traceback.get_current_meta()), "the other thread wrote into the export's notes"
+        return self.net(x)
+
+
+def test_a_step_that_an_analysis_overtakes() -> None:
+    """While anything is exported, torch's functions that dynamo skips make notes in one dict of the process. Where two
+    threads did at once, a step raised KeyError: 'custom'."""
+    model = StepMeanwhile()
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(model.step)
+        capture(model, (torch.randn(2, 4),))
+        model.leave.set()
+        assert step.result(60)
 
 
 class Scored(Dataset):

@@ -1,12 +1,13 @@
 """The ATen graph of a model, captured by `torch.export` without touching the model."""
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,25 @@ def evaluation_mode(
             module.training = training
 
 
+@contextmanager
+def _annotations_of_this_thread() -> Iterator[None]:
+    """Other threads go through the functions that dynamo skips (parts of an optimiser's step) as if nothing was exported.
+    To torch 2.14 everything is, while one thread exports, and those functions then make notes in one dict of the process:
+    two threads at once, and one of them ended in KeyError: 'custom'."""
+    importlib.import_module("torch._dynamo")  # which export would import too: before, as it keeps the function itself
+
+    thread, annotate = threading.get_ident(), fx.traceback.annotate
+
+    def annotate_here(annotations: dict[str, Any]) -> AbstractContextManager[None]:
+        return annotate(annotations) if threading.get_ident() == thread else nullcontext()
+
+    fx.traceback.annotate = annotate_here
+    try:
+        yield
+    finally:
+        fx.traceback.annotate = annotate
+
+
 def capture(
     model: nn.Module, inputs: tuple[Any, ...], *, leaves_only: bool = False, awake: Collection[nn.Module] = ()
 ) -> Capture:
@@ -92,7 +112,7 @@ def capture(
     """
     rng = torch.get_rng_state()
     try:
-        with TRACING, evaluation_mode(model, leaves_only=leaves_only, awake=awake):
+        with TRACING, _annotations_of_this_thread(), evaluation_mode(model, leaves_only=leaves_only, awake=awake):
             # non-strict: runs the model's own Python, which captures what dynamo would refuse
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:
