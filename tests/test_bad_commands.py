@@ -91,6 +91,7 @@ BAD = [
     ("train --policy never", "argument --policy: invalid choice: 'never'"),
     ("train --threads x", "argument --threads: invalid int value: 'x'"),
     ("train --amp int8", "argument --amp: invalid choice: 'int8'"),
+    ("train --evaluate-every 0", "evaluate-every must be at least 1, got 0"),
     ("train --save-every 0", "save-every must be at least 1, got 0"),
     ("train --device mps", "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
     ("train --device", "argument --device: expected one argument"),

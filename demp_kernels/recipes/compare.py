@@ -96,6 +96,8 @@ class Run:
     train_seconds: float
     inference_ms: float
     result: RunResult
+    machine: str = ""
+    """What it ran on: seconds of two machines are not compared."""
 
     @property
     def file(self) -> str:
@@ -141,7 +143,12 @@ def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
     data = read_data(settings)
     warm_up(settings, data)
     runs: list[Run] = []
-    facts = {**machine_facts(device), **versions()}
+    facts = machine_facts(device)
+    machine = ", ".join((
+        facts.get("gpu") or f"{facts['processor']} with {facts['vector_instructions']}", f"{facts['threads']} threads",
+        f"torch {torch.__version__}",
+    ))
+    facts |= versions()
     planned = _count(settings, comparison)
     for method, level, seeded in _plan(settings, comparison, runs):
         wanted = Run(method.name, level, seeded.seed, 0, 0, 0, 0, 0, 0, RunResult(method.name))
@@ -152,7 +159,7 @@ def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
             continue
         console.print(headline, highlight=False)
         with ProgressDisplay(console) as progress:
-            run = _run(method, level, seeded, [progress])
+            run = replace(_run(method, level, seeded, [progress]), machine=machine)
         run.save(folder)
         runs.append(run)
         comparison_report.write(settings.out, settings, runs, facts)  # a report of what there is, from the first run on
@@ -245,7 +252,8 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
     except OSError as error:
         raise RecipeError(f"out cannot be made: {settings.out}: {error.strerror}") from error
     # what a run depends on; methods, seeds and levels may be added later
-    facts = {name: value for name, value in settings.as_json().items() if name not in ("seed", "out", "peak_penalty")}
+    free = ("seed", "out", "peak_penalty", "evaluate_every")
+    facts = {name: value for name, value in settings.as_json().items() if name not in free}
     facts["torch_threads"] = torch.get_num_threads()
     facts = json.loads(json.dumps(facts))
     file = settings.out / SETTINGS_FILE
@@ -268,20 +276,21 @@ COLUMNS = (
     "speedup", "inference_ms",
 )
 """Columns of table.csv: means over the seeds; accuracy_std: sample standard deviation (0 for one run); speedup: mean over
-the seeds of dense train_seconds / train_seconds, empty without a dense run of that seed; neuron_sparsity: empty where a method
+the seeds of dense train_seconds / train_seconds, empty without a dense run of that seed on that machine; neuron_sparsity: empty where a method
 does not tell its units."""
 
 
 def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
     """A row for each method and level, in the order in which they were first run."""
-    dense = {run.seed: run.train_seconds for run in runs if run.method == "dense"}
+    dense = {(run.seed, run.machine): run.train_seconds for run in runs if run.method == "dense"}
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.method, run.level), []).append(run)
     rows = []
     for (method, level), group in groups.items():
         accuracy = [run.accuracy for run in group]
-        speedups = [dense[run.seed] / run.train_seconds for run in group if run.seed in dense]
+        pairs = [(dense.get((run.seed, run.machine)), run.train_seconds) for run in group]
+        speedups = [before / after for before, after in pairs if before is not None]
         gone = [run.neuron_sparsity for run in group if run.neuron_sparsity is not None]
         rows.append({
             "method": method, "level": level, "runs": len(group), "accuracy": mean(accuracy),

@@ -18,7 +18,8 @@ from .settings import TrainSettings
 __all__ = ["terminal_table", "write"]
 
 RUN_COLUMNS = (
-    "method", "level", "seed", "accuracy", "sparsity", "neuron_sparsity", "train_flops", "train_seconds", "inference_ms"
+    "method", "level", "seed", "accuracy", "sparsity", "neuron_sparsity", "train_flops", "train_seconds", "inference_ms",
+    "machine",
 )
 HEAD = [
     "method", "level", "runs", "accuracy, %", "params gone", "units gone", "training FLOPs", "seconds", "speed-up",
@@ -35,7 +36,7 @@ def write(out: Path, settings: TrainSettings, runs: list[Run], facts: dict[str, 
     _write_csv(out / "table.csv", COLUMNS, rows)
     _write_csv(out / "runs.csv", RUN_COLUMNS, [{name: getattr(run, name) for name in RUN_COLUMNS} for run in runs])
     first = _first_of_each(runs)
-    (out / "table.md").write_text(_markdown(settings, rows, facts))
+    (out / "table.md").write_text(_markdown(settings, runs))
     figures = [
         ("Accuracy against parameter sparsity", accuracy_against(rows, runs, "sparsity", "parameters gone, %")),
         ("Accuracy against training time", accuracy_against(rows, runs, "train_seconds", "training seconds")),
@@ -50,7 +51,7 @@ def write(out: Path, settings: TrainSettings, runs: list[Run], facts: dict[str, 
     ]
     (out / "comparison.html").write_text(page(
         title=f"{settings.model} on {settings.data}: pruning methods compared",
-        subtitle=_subtitle(settings, facts),
+        subtitle=_subtitle(settings, runs),
         notice="",
         cards=_cards(rows),
         titles=HEAD,
@@ -63,17 +64,15 @@ def write(out: Path, settings: TrainSettings, runs: list[Run], facts: dict[str, 
     ))
 
 
-def _subtitle(settings: TrainSettings, facts: dict[str, Any]) -> str:
-    return (
-        f"{settings.epochs} epochs, batch {settings.batch_size}, means over seeds with one standard deviation. "
-        f"{facts.get('gpu') or facts['processor']}, {facts['threads']} threads, torch {facts['torch']}."
-    )
+def _subtitle(settings: TrainSettings, runs: list[Run]) -> str:
+    machines = "; ".join(dict.fromkeys(run.machine for run in runs))
+    return f"{settings.epochs} epochs, batch {settings.batch_size}, means over seeds with one standard deviation. {machines}."
 
 
-def _markdown(settings: TrainSettings, rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+def _markdown(settings: TrainSettings, runs: list[Run]) -> str:
     lines = ["| " + " | ".join(HEAD) + " |", "| --- | --- |" + " --: |" * (len(HEAD) - 2)]
-    lines += ["| " + " | ".join(_texts(row)) + " |" for row in rows]
-    return f"# {settings.model} on {settings.data}: pruning methods compared\n\n{_subtitle(settings, facts)}\n\n" + "\n".join(lines) + "\n"
+    lines += ["| " + " | ".join(_texts(row)) + " |" for row in table_rows(runs)]
+    return f"# {settings.model} on {settings.data}: pruning methods compared\n\n{_subtitle(settings, runs)}\n\n" + "\n".join(lines) + "\n"
 
 
 def terminal_table(runs: list[Run]) -> Table:

@@ -16,7 +16,7 @@ COLUMNS = (
     "live_units", "params", "flops",
 )
 """Columns of metrics.csv. seconds: of training since the run's start; seconds_per_step: median since the row before;
-loss: mean of the task loss since the row before; accuracy: on the test images, at the ends of epochs."""
+loss: mean of the task loss since the row before; accuracy: on the test images, at the ends of epochs that are evaluated."""
 
 
 class CsvLog:

@@ -53,6 +53,7 @@ class RunResult:
     """Of all steps: three times the forward's, as backward computes two products for each of the forward's."""
     steps: int = 0
     total_steps: int = 0
+    steps_per_epoch: int = 1
     params: int = 0
     flops: int = 0
     live: dict[str, int] = field(default_factory=dict)
@@ -99,7 +100,7 @@ class Training:
         model = model.to(self.device, memory_format=self.layout)
         steps_per_epoch = len(data.train)
         total_steps = settings.epochs * steps_per_epoch
-        self.result = RunResult(method.name, total_steps=total_steps)
+        self.result = RunResult(method.name, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         self._every = max(1, -(-total_steps // ROWS))
         self.clock = StepClock(self.device)
         self._task = torch.zeros((), device=self.device)
@@ -139,7 +140,8 @@ class Training:
     def _epoch(self, checkpoint: Path | None, stop: list[bool]) -> None:
         result, clock = self.result, self.clock
         self.model.train()
-        last = (result.steps // len(self.data.train) + 1) * len(self.data.train)
+        epoch = result.steps // len(self.data.train) + 1
+        last = epoch * len(self.data.train)
         save_every = self.settings.save_every or len(self.data.train)
         batches = iter(self.data.train)
         while result.steps < last:
@@ -153,7 +155,8 @@ class Training:
                 self._measure_model()
             at_end = result.steps == last
             if at_end or result.steps % self._every == 0:
-                self._log(self.evaluate() if at_end else None)
+                evaluate = result.finished or (at_end and epoch % self.settings.evaluate_every == 0)
+                self._log(self.evaluate() if evaluate else None)
             stopping = self.ranks.any(bool(stop))
             if checkpoint is not None and (stopping or result.finished or result.steps % save_every == 0):
                 self.save(checkpoint)

@@ -35,8 +35,10 @@ class ProgressDisplay:
 
     def row(self, result: RunResult, row: dict[str, Any]) -> None:
         parts = [f"loss {row['loss']:.3f}"]
-        if result.accuracy is not None:
-            parts.append(f"accuracy {result.accuracy:.1%}")
+        at_end = row["step"] % result.steps_per_epoch == 0
+        accuracy = row["accuracy"] if at_end else result.accuracy  # between evaluations the last one
+        if accuracy is not None:
+            parts.append(f"accuracy {accuracy:.1%}")
         if result.total:
             parts.append(f"units {row['live_units']}/{sum(result.total.values())}")
         parts.append(f"{duration(row['seconds_per_step'])}/step")
@@ -44,7 +46,7 @@ class ProgressDisplay:
             if result.name not in self._tasks:
                 self._tasks[result.name] = self._bars.add_task(result.name, total=result.total_steps, text="")
             self._bars.update(self._tasks[result.name], completed=result.steps, text="  ".join(parts))
-        elif row["accuracy"] is not None:
+        elif at_end:
             line = f"{result.name} epoch {row['epoch']}: {', '.join(parts)}"
             self._console.print(line, highlight=False, soft_wrap=True)
 

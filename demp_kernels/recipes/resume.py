@@ -13,7 +13,7 @@ __all__ = ["SETTINGS_FILE", "begin_run", "begun_settings", "check_same_run"]
 
 SETTINGS_FILE = "settings.json"
 
-FREE = ("data_dir", "out", "workers", "tensorboard", "save_every")
+FREE = ("data_dir", "out", "workers", "tensorboard", "evaluate_every", "save_every")
 """Settings that do not change what a run computes: a resumed run may have others."""
 
 

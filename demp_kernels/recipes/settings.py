@@ -19,7 +19,8 @@ from .ranks import announced, current_ranks
 __all__ = ["DEFAULTS", "PRESETS", "TrainSettings", "defaults_for", "resolve_device"]
 
 COUNTS = (
-    "width", "image_size", "train_size", "epochs", "batch_size", "prune_every", "round_to", "threads", "save_every", "accumulate",
+    "width", "image_size", "train_size", "epochs", "batch_size", "prune_every", "round_to", "threads", "evaluate_every",
+    "save_every", "accumulate",
 )
 CRITERIA = ("window", "scan")
 OPTIMIZERS = ("adamw", "sgd")
@@ -76,6 +77,7 @@ class TrainSettings:
     baseline: bool = True
     tensorboard: bool = False
     workers: int = 2
+    evaluate_every: int = 1
     save_every: int | None = None
     out: Path = Path("demp-run")
 

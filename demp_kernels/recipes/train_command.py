@@ -97,6 +97,7 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("output", {
         "--out": {"type": Path, "help": "folder for the results (default: demp-run)"},
         "--tensorboard": {"action": "store_true", "help": "log into DIR/tensorboard as well"},
+        "--evaluate-every": {"type": int, "help": "epochs from one evaluation to the next (default: 1); the last is evaluated"},
         "--save-every": {"type": int, "help": "write a checkpoint every N steps (default: once an epoch)"},
         "--resume": {"action": "store_true", "help":
             "go on where the run in --out stopped, with its settings; without it the files there are overwritten"},

@@ -79,15 +79,16 @@ def lowest_units(
     order = torch.cat([scores[name].flatten().cpu() for name in graph.units]).argsort(stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
-    ranks = dict(zip(graph.units, rank.split(list(graph.units.values()))))
+    layers = {name: of_units.sort() for name, of_units in zip(graph.units, rank.split(list(graph.units.values())))}
 
     def lowest(count: int) -> dict[str, Tensor]:
         dead = {}
-        for name, of_units in ranks.items():
-            units = len(of_units)
-            left = max(min_units, round(floor * graph.total_units[name]), units - int((of_units < count).sum()))
+        for name, (ranks, from_lowest) in layers.items():
+            units = len(ranks)
+            left = max(min_units, round(floor * graph.total_units[name]), units - int(torch.searchsorted(ranks, count)))
             left = min(units, -(-left // round_to) * round_to)
-            dead[name] = of_units.argsort().argsort() < units - left
+            dead[name] = torch.zeros(units, dtype=torch.bool)
+            dead[name][from_lowest[: units - left]] = True
         return dead
 
     low, high = 0, len(order)

@@ -14,6 +14,7 @@ until the unit is silent for whatever it is given. The units with the lowest sco
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from .penalty import NORMALISATIONS
 __all__ = ["Steerer", "Steering"]
 
 CONTROLS = 30
-"""How often the units to push are chosen anew on the way to the budget."""
+"""How often, at most, the units to push are chosen anew on the way to the budget."""
 MEMORY = 0.95
 """Of the running mean of the loss, a step: about twenty steps."""
 
@@ -98,7 +99,7 @@ class Steerer:
         by_flops = steering.target_flops is not None
         self.cost = flops_cost(model, example_inputs) if by_flops else parameter_cost(model)
         self.full_cost = self.cost({})
-        self.every = max(1, int((steering.until - steering.start) * total_steps) // CONTROLS)
+        self.every = max(1, math.ceil((steering.until - steering.start) * total_steps / CONTROLS))
         self.pushed: dict[str, Tensor] = {}
         self.losses: Tensor | None = None
         """(3,) float64: running mean of the loss, its lowest, the first loss."""

@@ -156,3 +156,5 @@ def test_speed_up_is_against_the_dense_run_of_the_same_seed() -> None:
     rows = table_rows([made("dense", 0, 4.0), made("demp", 0, 2.0), made("dense", 1, 9.0), made("demp", 1, 3.0)])
     assert [row["speedup"] for row in rows] == [1.0, 2.5]
     assert table_rows([made("demp", 2, 1.0)])[0]["speedup"] is None
+    elsewhere = dataclasses.replace(made("demp", 0, 1.0), machine="another")
+    assert table_rows([made("dense", 0, 4.0), elsewhere])[1]["speedup"] is None

@@ -126,6 +126,22 @@ def test_fashion_mnist_mlp_scan_without_baseline(tmp_path: Path) -> None:
     assert list((tmp_path / "out" / "tensorboard" / "demp").iterdir())
 
 
+def test_evaluations_may_be_rare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same training, with fewer evaluations beside it; each epoch is a line all the same, and the end is evaluated."""
+    losses = []
+    for every, evaluated in ((1, [1, 2, 3]), (2, [2, 3])):
+        out = tmp_path / str(every)
+        small = ("--width", "4", "--image-size", "8", "--train-size", "96", "--batch-size", "32", "--epochs", "3")
+        assert main(["train", *small, "--no-baseline", "--evaluate-every", str(every), "--out", str(out)]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [("accuracy" in line) for line in printed if line.startswith("demp epoch")] == [e in evaluated for e in (1, 2, 3)]
+        rows = list(csv.DictReader((out / "metrics.csv").open()))
+        assert [int(row["epoch"]) for row in rows if row["accuracy"]] == evaluated
+        assert json.loads((out / "summary.json").read_text())["demp"]["accuracy"] == pytest.approx(float(rows[-1]["accuracy"]), abs=1e-6)
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == losses[1]
+
+
 def test_cifar10_vgg16(tmp_path: Path) -> None:
     write_cifar10(tmp_path)
     summary = train(
