@@ -107,13 +107,12 @@ def host_library(torch: toolchain.Torch | None) -> native.Library:
         raise Unavailable("left out by DEMP_KERNELS")
     cxx = toolchain.require_cxx()
     includes = [toolchain.find_pybind11(torch), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
-    flags = " ".join([*CXX_FLAGS, *_flags("CXXFLAGS")])
     return native.Library(
         name="_host",
         filename=HOST_FILE,
         sources=[ROOT / "csrc" / "module.cpp", ROOT / "csrc" / "host.cpp"],
         compile=[
-            *(*cxx, *CXX_FLAGS, f'-DDEMP_COMPILE_FLAGS="{flags}"', f"-I{ROOT / 'csrc'}"),
+            *(*cxx, *CXX_FLAGS, f"-I{ROOT / 'csrc'}"),
             *(word for folder in dict.fromkeys(includes) for word in ("-isystem", str(folder))),
             *(*SANITIZE_FLAGS, *_flags("CXXFLAGS")),
         ],

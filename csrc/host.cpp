@@ -45,31 +45,6 @@ std::string simd_level() {
 #endif
 }
 
-std::vector<std::pair<std::string, std::string>> build_facts() {
-#if defined(__clang__)
-  const std::string compiler = "clang " __clang_version__;
-#else
-  const std::string compiler = "g++ " __VERSION__;
-#endif
-#if defined(__x86_64__)
-  const std::string target = "x86_64";
-#elif defined(__aarch64__)
-  const std::string target = "aarch64";
-#else
-  const std::string target = "other";
-#endif
-#if defined(__GLIBC__)
-  const std::string libc = "glibc " + std::to_string(__GLIBC__) + "." + std::to_string(__GLIBC_MINOR__);
-#else
-  const std::string libc = "not glibc";
-#endif
-  return {{"compiler", compiler},
-          {"flags", DEMP_COMPILE_FLAGS},
-          {"standard", std::to_string(__cplusplus)},
-          {"target", target},
-          {"libc", libc}};
-}
-
 #if defined(__GLIBC__)
 namespace {
 

@@ -19,9 +19,6 @@ std::vector<std::pair<std::string, bool>> cpu_features();
 // The instruction set that the CPU kernels choose here: "avx512", "avx2", "neon" or "portable". DEMP_SIMD lowers it.
 std::string simd_level();
 
-// Compiler, flags, target and headers of this build, as name and text.
-std::vector<std::pair<std::string, std::string>> build_facts();
-
 // Makes glibc keep freed memory instead of returning it to the kernel, so that the large tensors of the next
 // training step do not fault in page by page. Process-wide, and lasts until the process ends.
 AllocatorTuning tune_allocator();

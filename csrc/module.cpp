@@ -43,10 +43,9 @@ py::array_t<std::uint32_t> philox_stream(std::uint64_t seed, std::uint32_t strea
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host-side C++ of demp_kernels: build and CPU facts, the noise's integers, the allocator.";
+  m.doc() = "Host-side C++ of demp_kernels: CPU facts, the noise's integers, the allocator.";
   m.def("simd_level", &demp::simd_level);
   m.def("cpu_features", [] { return as_dict(demp::cpu_features()); });
-  m.def("build_facts", [] { return as_dict(demp::build_facts()); });
   m.def(
       "philox4x32_10",
       [](std::array<std::uint32_t, 2> key, std::array<std::uint32_t, 4> counter) {

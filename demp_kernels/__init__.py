@@ -2,11 +2,11 @@
 
 The public names, all importable as `demp_kernels.<name>`:
 
-    modules      DemPReLU, DemPLeakyReLU, DemPGELU, DemPSiLU, DemPBatchNormAct2d
-    preparation  prepare, swap_activations, finalize
+    modules      DemPReLU, DemPLeakyReLU, DemPGELU, DemPSiLU, DemPBatchNormAct2d, DemPActivation, SelectiveAdd
+    preparation  prepare, swap_activations, finalize, PrepareError
     compaction   compact, shrink_to, CompactionReport, CompactionError, UnitGraph
-    training     DemP, Steering, save_checkpoint, load_checkpoint, save_sharded, load_sharded,
-                 compact_sharded
+    training     DemP, Steering, DemPReport, save_checkpoint, load_checkpoint, CheckpointError,
+                 save_sharded, load_sharded, compact_sharded
     kernels      functional.relu and its like, build_info, tune_allocator
 """
 from __future__ import annotations

@@ -37,8 +37,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit code: 0; 2 for a request that cannot be met, in one line; 130 after Ctrl-C, 141
-    where the reader of the output went away."""
+    """Run a command. Returns its exit code: 0; 2 for a request that cannot be met, or a file that cannot be read or
+    written, in one line; 130 after Ctrl-C, 141 where the reader of the output went away."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = next((argument for argument in arguments if not argument.startswith("-")), "")
     try:
@@ -59,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader (head, less) has gone; what Python still holds must not fail once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"demp {name}: error: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 2
 
 
 def _parser(chosen: str) -> Parser:

@@ -36,10 +36,11 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as for nn.BatchNorm2d.
         activation: "relu", "leaky_relu" (slope 0.01), "gelu", "gelu_tanh", "silu", or a DemP activation with
             channel_dim 1, which becomes the child `act`.
-        noise_std: standard deviation of the noise on active elements, in training; see `DemPActivation`.
+        noise_std: standard deviation of the noise on active elements, in training, of an activation given by name; see
+            `DemPActivation`.
 
-    Children, both without state: `act` holds the counters (`act.active`, `act.dead()`), `add` the selection of the
-    residual's channels after pruning (`SelectiveAdd.set_selection`).
+    Children: `act` holds the counters (`act.active`, `act.dead()`), which are no state; `add` the selection of the
+    residual's channels after pruning (`SelectiveAdd.set_selection`), in the `state_dict` as `add.channels` once there is one.
 
     Shapes: x (N, C, H, W), contiguous or channels_last -> y of the same shape, dtype and layout. residual: x's shape, or
     with the skip's channels if `add` has a selection.

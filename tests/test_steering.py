@@ -122,7 +122,12 @@ def test_the_guard_rests_while_the_loss_is_high() -> None:
     free = pushed_by(lambda step: 1.0)
     assert free > 0.5
     assert pushed_by(lambda step: 1.0 if step == 0 else 9.0) == 0
-    assert 0 < pushed_by(lambda step: 1.0 if step < 20 else 90.0) < free
+    rested = pushed_by(lambda step: 1.0 if step < 20 else 90.0)
+    assert 0 < rested < free
+    # a step that a GradScaler skips has a loss that says nothing, be it the first one
+    for wrong in (float("inf"), float("nan")):
+        assert pushed_by(lambda step: wrong if step in (0, 5, 15) else 1.0) == free
+        assert pushed_by(lambda step: wrong if step in (0, 5, 15) else 1.0 if step < 20 else 90.0) == rested
 
 
 @pytest.mark.parametrize("stop", [17, 40])

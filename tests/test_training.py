@@ -1,6 +1,9 @@
 """The controller: schedule, penalty, noise on live units only, when units are removed, and what a checkpoint brings back."""
 from __future__ import annotations
 
+import fcntl
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +187,20 @@ def test_removal_after_the_last_step() -> None:
     assert model.stem.weight.shape[0] == 5
 
 
+@pytest.mark.parametrize(("options", "looks"), [
+    ({}, [4, 10]), ({"prune_every": 5}, [5, 10]), ({"prune_every": 20}, [10]),
+    ({"criterion": "scan", "scan_batches": [torch.randn(4, 2, 5, 5)]}, [4, 8, 10]),
+])
+def test_no_window_is_shorter_than_prune_every(options: dict[str, Any], looks: list[int]) -> None:
+    model, optimizer, demp = build(**{"total_steps": 10, "prune_every": 4, "on_dead": "report"} | options)
+    found = []
+    for step in range(1, 11):
+        model(torch.randn(4, 2, 5, 5)).sum().backward()
+        if demp.step() is not None:
+            found.append(step)
+    assert found == looks
+
+
 def test_a_layer_keeps_min_units() -> None:
     model, optimizer, demp = build(min_units=2, peak_penalty=0.0)
     silence(model, "norm1", [0, 1, 2, 3, 4, 5])
@@ -278,6 +295,19 @@ def test_a_failed_save_keeps_the_last_good_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space left"):
         dk.save_checkpoint(path, model, optimizer, demp)
     assert path.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_checkpoint_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*arguments: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    flush = os.fsync
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(os, "fsync", lambda file: unsupported() if stat.S_ISDIR(os.fstat(file).st_mode) else flush(file))
+    model, optimizer, demp = build()
+    dk.save_checkpoint(tmp_path / "run.pt", model, optimizer, demp, extra={"mine": 1})
+    assert dk.load_checkpoint(tmp_path / "run.pt", *build()) == {"mine": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
 @pytest.mark.parametrize(

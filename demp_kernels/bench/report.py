@@ -90,13 +90,15 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 def _op_summary(rows: Sequence[Row]) -> Sheet | None:
     most = max(row.threads for row in rows)
+    shown = [group for group in groups(row for row in rows if row.threads == most) if _in_summary(group)]
+    others = {"copy": "copy", "plain": "PyTorch, no count", "eager": "eager", "compile": "torch.compile"}
+    others = {name: title for name, title in others.items() if any(name in group.rows for group in shown)}
     lines = []
-    for group in groups(row for row in rows if row.threads == most):
-        if _in_summary(group):
-            demp = group.rows["demp"]
-            times = [_ms(group, name) for name in ("copy", "plain", "eager", "compile")]
-            lines.append((case_text(group) + ("" if group.quiet else " ~"), *times, f"**{milliseconds(demp.median_ms)}**", f"{demp.gb_per_s:.1f}"))
-    columns = ("op, data beyond the last cache", "copy", "PyTorch, no count", "eager", "torch.compile", "this package", "GB/s")
+    for group in shown:
+        demp = group.rows["demp"]
+        times = [_ms(group, name) for name in others]
+        lines.append((case_text(group) + ("" if group.quiet else " ~"), *times, f"**{milliseconds(demp.median_ms)}**", f"{demp.gb_per_s:.1f}"))
+    columns = ("op, data beyond the last cache", *others.values(), "this package", "GB/s")
     return Sheet("ops", columns, lines) if lines else None
 
 

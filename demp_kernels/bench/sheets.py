@@ -18,8 +18,9 @@ BASES = ("plain", "eager", "compile")
 DIRECTIONS = {"both": "forward + backward", "in_place": "in place"}
 STEP_NAMES = {
     "plain_nchw": "plain, NCHW", "plain_channels_last": "plain, channels_last",
-    "plain_fused_optimizer_tuned": "plain, channels_last, fused AdamW, allocator tuned", "demp_unfused": "prepared, not fused",
-    "demp": "prepared", "demp_tuned": "prepared, allocator tuned",
+    "plain_fused_optimizer_tuned": "plain, channels_last, fused AdamW, allocator tuned",
+    "demp_unfused": "prepared with fuse=False, fused AdamW", "demp": "prepared, fused AdamW",
+    "demp_tuned": "prepared, fused AdamW, allocator tuned",
 }
 OWN_NAMES = {
     "own_work": "DemP's own work a step", "own_penalty": "of it the penalty", "own_counts": "of it the counts",

@@ -46,11 +46,6 @@ class Timing:
         tenths = quantiles(seconds, n=10, method="inclusive")
         return cls(tenths[4], tenths[1], tenths[7], len(seconds))
 
-    @property
-    def spread(self) -> float:
-        """p80 / p20: 1 on a perfectly quiet machine."""
-        return self.p80 / self.p20 if self.p20 > 0 else float("inf")
-
 
 def measure(calls: Mapping[str, Call], *, seconds: float, device: torch.device, cold: bool = True) -> dict[str, Timing]:
     """Time the calls in turns.

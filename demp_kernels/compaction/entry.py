@@ -14,18 +14,15 @@ from torch.optim.swa_utils import AveragedModel
 from ..arguments import require_module, require_not_negative
 from ..graph import AnalysisError, UnitGraph, remembered_inputs
 from ..graph.reasons import explain
-from ..graph.units import Keep
 from ..modules import DemPActivation
 from .batches import as_batches
-from .commit import commit
 from .fold import Folding
-from .optimizer import StateCut, as_optimizers, plan_states
-from .plan import CompactionError, Plan, make_plan
+from .optimizer import as_optimizers
+from .plan import CompactionError
+from .removal import Removal
 from .report import CompactionReport
-from .saved import saved_keep
-from .validate import validate
 
-__all__ = ["apply_saved", "as_followers", "check_followers", "compact", "counted_dead"]
+__all__ = ["as_followers", "check_followers", "compact", "counted_dead"]
 
 
 def compact(
@@ -97,69 +94,15 @@ def compact(
     graph = graph if graph is not None else _analyse(model, example_inputs)
     analysed = time.perf_counter()
     dead = counted_dead(model, graph) if dead is None else dead
-    if batches is None:
-        keep = graph.keep(dead, round_to=step, min_units=min_units)
-        return _carry_out(model, optimizers, copies, graph, keep, explain(graph, graph.masks(dead), keep), start, analysed)
-    folding = Folding(
+    before, parameters = graph.units, sum(p.numel() for p in model.parameters())
+    folding = None if batches is None else Folding(
         [model, *copies], graph, dead, batches, round_to=step, min_units=min_units, max_change=max_change
     )
-    reasons = {**explain(graph, graph.masks(dead), folding.keep), **folding.kept}
-    return _carry_out(model, optimizers, copies, graph, folding.keep, reasons, start, analysed, folding)
-
-
-def counted_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
-    """Dead units by the counters: looked at and never active since they were reset."""
-    dead = {}
-    for module, calls in graph.calls_of(model).items():
-        if isinstance(module, DemPActivation) and (mask := module.dead()) is not None:
-            # the counter of several calls is their sum: zero only where all were silent
-            dead.update({call.name: mask for call in calls if call.atoms.size == mask.numel()})
-    return dead
-
-
-def apply_saved(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None, graph: UnitGraph, saved: Mapping[str, Any]
-) -> CompactionReport:
-    """Bring a freshly built model to the widths that `plan_to_dict` told.
-
-    Args:
-        graph: of `model`, as it was built; it follows.
-
-    Raises ValueError if the description is of another model, CompactionError if the model cannot be shrunk so; nothing
-    is changed then.
-    """
-    start = time.perf_counter()
-    model, optimizers = _checked(model), as_optimizers(optimizer)
-    return _carry_out(model, optimizers, [], graph, saved_keep(graph, saved), {}, start, start)
-
-
-def _carry_out(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    followers: list[nn.Module],
-    graph: UnitGraph,
-    keep: Keep,
-    kept: dict[str, str],
-    start: float,
-    analysed: float,
-    folding: Folding | None = None,
-) -> CompactionReport:
-    before = graph.units
-    parameters = sum(p.numel() for p in model.parameters())
-    freed = 0
-    plan = _planned(model, 0, graph, keep, folding)
-    states: list[StateCut] = []
-    if plan.cuts or plan.selections:
-        for number, follower in enumerate(followers):
-            plan.add(_follow(follower, number, graph, keep, folding))
-        plan.require_dense()
-        states = plan_states(optimizers, plan.cuts)
-        if not graph.proved:
-            validate(model, graph, plan)
+    keep = graph.keep(dead, round_to=step, min_units=min_units) if folding is None else folding.keep
+    kept = {**explain(graph, graph.masks(dead), keep), **({} if folding is None else folding.kept)}
+    removal = Removal(model, graph, keep, optimizers=optimizers, followers=copies, folding=folding)
     planned = time.perf_counter()
-    if plan.cuts or plan.selections:
-        freed = commit(plan, states)
-        graph.shrink(keep.atoms)
+    freed = removal.carry_out()
     committed = time.perf_counter()
     after = graph.units
     return CompactionReport(
@@ -176,6 +119,16 @@ def _carry_out(
         folded={} if folding is None else folding.folded,
         notes=[f"{name}: never used by the forward" for name in graph.untraced],
     )
+
+
+def counted_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
+    """Dead units by the counters: looked at and never active since they were reset."""
+    dead = {}
+    for module, calls in graph.calls_of(model).items():
+        if isinstance(module, DemPActivation) and (mask := module.dead()) is not None:
+            # the counter of several calls is their sum: zero only where all were silent
+            dead.update({call.name: mask for call in calls if call.atoms.size == mask.numel()})
+    return dead
 
 
 def width_step(model: nn.Module) -> int:
@@ -200,22 +153,6 @@ def width_step(model: nn.Module) -> int:
         return 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
     half = parameter.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(parameter.device.type)
     return 8 if parameter.device.type == "cuda" and half else 1
-
-
-def _planned(model: nn.Module, number: int, graph: UnitGraph, keep: Keep, folding: Folding | None) -> Plan:
-    """The cuts of the numbered model, and what it is given for them."""
-    plan = make_plan(model, graph, keep)
-    if folding is not None and plan.cuts:
-        folding.add_to(plan, number, dict(model.named_modules(remove_duplicate=False)))
-    return plan
-
-
-def _follow(follower: nn.Module, number: int, graph: UnitGraph, keep: Keep, folding: Folding | None) -> Plan:
-    """The same cuts of a copy of the model."""
-    try:
-        return _planned(follower, number + 1, graph, keep, folding)
-    except ValueError as error:
-        raise ValueError(f"followers[{number}] must be a copy of the model: {error}") from error
 
 
 def as_followers(followers: Any) -> list[nn.Module]:

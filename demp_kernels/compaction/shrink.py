@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..graph import AnalysisError, UnitGraph, remembered_inputs
 from ..graph.units import Keep
 from .plan import CompactionError
-from .saved import Restoration
+from .removal import Removal
 from .state_checks import check_model_state
 
 __all__ = ["shrink_to"]
@@ -27,6 +27,7 @@ def shrink_to(model: nn.Module, state_dict: Mapping[str, Any], example_inputs: A
 
     Args:
         model: built as the saved one was before anything was removed: same class, same `prepare`.
+        state_dict: of the compacted prepared model. That of `finalize` serves where no addition selects channels.
         example_inputs: a tensor or a tuple, for the analysis; not needed for a prepared model.
 
     Returns: the graph of the shrunk model, for `compact(..., graph=graph)`.
@@ -43,11 +44,11 @@ def shrink_to(model: nn.Module, state_dict: Mapping[str, Any], example_inputs: A
         raise ValueError("example_inputs is required for a model that was not made by prepare(), got None")
     try:
         graph = UnitGraph.trace(model, inputs)
-        restoration = Restoration(model, graph, _keep(graph, state_dict))
-        check_model_state(model, state_dict, restoration.shape, restoration.selections)
+        removal = Removal(model, graph, _keep(graph, state_dict))
+        check_model_state(model, state_dict, removal.shape, removal.selections)
     except (AnalysisError, ValueError) as error:
         raise CompactionError(f"shrink_to: {error}") from error
-    restoration.carry_out([])
+    removal.carry_out()
     model.load_state_dict(state_dict)
     return graph
 

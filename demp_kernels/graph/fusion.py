@@ -31,7 +31,7 @@ def fuse_norms(model: fx.GraphModule) -> int:
         add = None if add_node is None else model.get_submodule(add_node.target)
         if add is not None:
             add.inplace = False  # nothing of its own to write into; evaluation never did
-        _set_submodule(model, norm_node.target, DemPBatchNormAct2d.fuse(norm, act, add))
+        model.set_submodule(norm_node.target, DemPBatchNormAct2d.fuse(norm, act, add))
         residual = () if add_node is None else (add_node.args[1],)
         with model.graph.inserting_before(act_node):
             call = model.graph.call_module(norm_node.target, (norm_node.args[0], *residual))
@@ -57,7 +57,7 @@ def unfuse_norms(model: fx.GraphModule) -> None:
         if not isinstance(module, DemPBatchNormAct2d):
             continue
         operands = {**dict(zip(("x", "residual"), node.args)), **node.kwargs}
-        _set_submodule(model, node.target, module.unfuse())
+        model.set_submodule(node.target, module.unfuse())
         with model.graph.inserting_before(node):
             call = model.graph.call_module(node.target, (operands["x"],))
             if operands.get("residual") is not None:
@@ -126,8 +126,3 @@ def _attach(model: fx.GraphModule, name: str, module: nn.Module) -> str:
         candidate = f"{leaf}_{number}"
     owner.add_module(candidate, module)
     return f"{parent}.{candidate}" if parent else candidate
-
-
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

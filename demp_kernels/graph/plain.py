@@ -15,7 +15,7 @@ from ..norm_modules import DemPBatchNormAct2d
 from ..strided import SubsampledConv2d
 from .capture import materialise
 from .fusion import unfuse_norms
-from .rewrite import EXAMPLE_INPUTS, free_name, node_shape, propagate_shapes, remembered_inputs, set_submodule
+from .rewrite import EXAMPLE_INPUTS, free_name, node_shape, propagate_shapes, remembered_inputs
 from .tracing import FLAG
 
 __all__ = ["finalize"]
@@ -26,8 +26,9 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Counting activations become nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU; additions become plain additions, or an
     index_select of the skip's channels and an addition where the skip carries other channels; a `SubsampledConv2d` becomes
-    an fx.GraphModule of a pooling and a convolution, which can go on training as well. Same `state_dict` keys, but for one
-    index buffer (`<name>_index`) an addition that selects. The copy shares nothing with `model`.
+    an fx.GraphModule of a pooling and a convolution, which can go on training as well. Same `state_dict` keys, but for an
+    addition that selects: it has an index buffer (`<name>_index`) instead of `<name>.channels`, without which `shrink_to` cannot
+    tell the channels. The copy shares nothing with `model`.
     """
     require_module("finalize: model", model)
     plain = copy.deepcopy(model)
@@ -48,7 +49,7 @@ def finalize(model: nn.Module) -> nn.Module:
             twin = fx.symbolic_trace(module) if isinstance(module, SubsampledConv2d) else plain_twin(module)
             if not name:
                 return twin
-            set_submodule(plain, name, twin)
+            plain.set_submodule(name, twin)
         elif isinstance(module, SelectiveAdd):
             raise TypeError(f"finalize: {name} is a SelectiveAdd outside a prepared model; it has no plain counterpart")
     if isinstance(plain, fx.GraphModule):

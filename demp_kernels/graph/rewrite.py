@@ -74,7 +74,7 @@ def swap_activations(model: nn.Module) -> int:
             if twin is not None:
                 twins[id(module)] = twin
         if id(module) in twins:
-            set_submodule(model, name, twins[id(module)])
+            model.set_submodule(name, twins[id(module)])
     return len(twins)
 
 
@@ -190,7 +190,7 @@ def _replace_activation(model: fx.GraphModule, node: fx.Node) -> None:
     if twin is None or shape is None or len(shape) < 2:
         return
     if node.op == "call_module" and _calls_before(node) == 0:
-        set_submodule(model, name, twin)
+        model.set_submodule(name, twin)
     else:
         name = free_name(model, name)
         model.add_submodule(name, twin)
@@ -332,11 +332,6 @@ def _get_submodule_or_none(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _attach_unused(model: nn.Module, prepared: fx.GraphModule) -> None:

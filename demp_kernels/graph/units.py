@@ -1,6 +1,7 @@
 """`UnitGraph`: which entry of which parameter belongs to which unit, analysed once and followed through compactions."""
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +21,13 @@ from .gates import find_gates
 from .probe import ask
 from .training_forward import capture_training, leaves_something, looks_at_training, unread_parameters
 from .trial import Widths
-from .values import Balance, Selection
+from .values import Balance, Floor, Selection
 
-__all__ = ["ActivationUnits", "Keep", "UnitGraph", "WidthFloor"]
+__all__ = ["ActivationUnits", "Keep", "UnitGraph"]
 
 
+WRAPPER = re.compile(r"(?:^|\.)(?:_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")
+"""What activation checkpointing and torch.compile put into the paths of what they wrap."""
 ATTEMPTS = 50
 """How often the analysis is corrected by what the probe finds, before its plans have to be tried one by one."""
 
@@ -43,15 +46,6 @@ class ActivationUnits:
     ids: np.ndarray
     total: int
     dim: int
-
-
-@dataclass
-class WidthFloor:
-    """At least `count` of the entries `atoms` stay, or all if there are fewer."""
-
-    atoms: np.ndarray
-    count: int
-    reason: str
 
 
 @dataclass
@@ -111,7 +105,7 @@ class UnitGraph:
         self.attributes = [(path, name, number(atoms)) for path, name, atoms in built.attributes]
         self.selections = built.selections
         self.readers = built.readers
-        self.floors = [WidthFloor(number(f.atoms), f.count, f.reason) for f in built.floors]
+        self.floors = [Floor(number(f.atoms), f.count, f.reason) for f in built.floors]
         self.balances = [Balance(n.weight, number(n.rows), number(n.columns)) for n in built.balances]
         self.activations = _named(built, number)
         self.inputs = inputs
@@ -183,22 +177,15 @@ class UnitGraph:
         return {a.name: a.ids for a in self.activations}
 
     @property
-    def pinned(self) -> dict[str, str]:
-        found = {}
-        for a in self.activations:
-            if a.atoms.size and self.is_pinned[a.atoms].all():
-                found[a.name] = self.reasons.get(int(a.atoms[0]), "it meets a tensor that cannot be cut")
-        return found
-
-    @property
     def gates(self) -> dict[str, str]:
         if self._gates is None:
             self._gates = find_gates(self)
         return self._gates
 
     def calls_of(self, model: nn.Module) -> dict[nn.Module, list[ActivationUnits]]:
-        """The calls of each activation module of `model`, in the order of the forward. A module may go by several paths."""
-        modules = dict(model.named_modules(remove_duplicate=False))
+        """The calls of each activation module of `model`, in the order of the forward. A module may go by several paths.
+        Wrappers inside the model (activation checkpointing, torch.compile of a block) are looked through."""
+        modules = {WRAPPER.sub("", name).lstrip("."): module for name, module in model.named_modules(remove_duplicate=False)}
         calls: dict[nn.Module, list[ActivationUnits]] = {}
         for a in self.activations:
             if a.module in modules:

@@ -1,7 +1,9 @@
 """`demp compare`: DemP, the dense network and rival pruning methods over seeds and sparsities; resumable run by run."""
 from __future__ import annotations
 
+import gc
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -14,11 +16,13 @@ import torch
 from torch import nn
 
 from ..graph import finalize
+from .data import ImageData
 from .errors import RecipeError, need
 from .loop import RunResult, Training, Watcher, new_model, read_data, warm_up
 from .machine import machine_facts, prepare_machine, versions
 from .methods import Demon, Dense, Method
 from .outside import OUTSIDE, TorchPruning
+from .resume import FREE
 from .rivals import RIVALS, Rival
 from .settings import PRESETS, TrainSettings
 
@@ -39,7 +43,8 @@ class Comparison:
     methods: of `METHODS`. seeds: runs of each, with seeds 0, 1, ... peak_penalties: a "demp" run for each. target_flops,
     target_sparsities: a "demp-fast" run for each, the share of the operations that it steers to, or of the parameters that
     is to go; both empty: the preset's. sparsities: parameter sparsities of the rivals; empty: each DemP run's own, so that
-    they are matched seed by seed. fast: what the demp-fast runs change in the settings.
+    they are matched seed by seed. fast: what the demp-fast runs change in the settings. dense_lr: learning rate of the dense
+    runs; None: that of all.
     """
 
     methods: tuple[str, ...] = OURS
@@ -49,6 +54,7 @@ class Comparison:
     target_sparsities: tuple[float, ...] = ()
     sparsities: tuple[float, ...] = ()
     fast: Mapping[str, Any] = field(default_factory=lambda: PRESETS["fast"])
+    dense_lr: float | None = None
 
     def check(self) -> None:
         """Raises RecipeError for a wrong choice."""
@@ -59,6 +65,8 @@ class Comparison:
                 need("torch_pruning", f"the method {method}")  # now rather than when hours of training are done
         if len(set(self.methods)) < len(self.methods):
             raise RecipeError(f"methods must be different ones, got {' '.join(self.methods)}")
+        if self.dense_lr is not None and not 0 < self.dense_lr < math.inf:
+            raise RecipeError(f"dense-lr must be above 0 and finite, got {self.dense_lr}")
         if self.seeds < 1:
             raise RecipeError(f"seeds must be at least 1, got {self.seeds}")
         for penalty in self.peak_penalties:
@@ -71,6 +79,9 @@ class Comparison:
             for share in shares:
                 if not 0 < share < 1:
                     raise RecipeError(f"{name} must be between 0 and 1, got {share}")
+        for name, values in (("target-flops", self.target_flops), ("target-sparsity", self.target_sparsities)):
+            if values and "demp-fast" not in self.methods:
+                raise RecipeError(f"{name} is of the method demp-fast: methods must have it, got {' '.join(self.methods)}")
         if not self.sparsities and not set(DEMP) & set(self.methods) and set(self.methods) - {"dense"}:
             raise RecipeError("sparsity is required where demp, whose sparsity the others would match, is not compared")
 
@@ -117,7 +128,7 @@ class Run:
             result = RunResult(**content.pop("result"))
             result.units = [(step, live) for step, live in result.units]
             return cls(**content, result=result)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise RecipeError(f"out has a damaged run, {file}; remove it to repeat it ({error})") from error
 
 
@@ -135,13 +146,17 @@ def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
     from .progress import ProgressDisplay
 
     comparison.check()
+    for name in ("target_flops", "target_sparsity"):
+        if getattr(settings, name) is not None:
+            flag = name.replace("_", "-")
+            raise RecipeError(f"recipe: it must have no {flag}, got {getattr(settings, name)}; --{flag} is of the method demp-fast")
     settings = settings.resolved()
     device = torch.device(settings.device)
     prepare_machine(device, settings.threads)
-    folder = _runs_folder(settings, comparison)
     console = Console()
     data = read_data(settings)
     warm_up(settings, data)
+    folder = _runs_folder(settings, comparison)
     runs: list[Run] = []
     facts = machine_facts(device)
     machine = ", ".join((
@@ -160,6 +175,7 @@ def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
         console.print(headline, highlight=False)
         with ProgressDisplay(console) as progress:
             run = replace(_run(method, level, seeded, [progress]), machine=machine)
+        gc.collect()  # a finished training is a cycle: its memory and its data's workers are not for the next one
         run.save(folder)
         runs.append(run)
         comparison_report.write(settings.out, settings, runs, facts)  # a report of what there is, from the first run on
@@ -176,7 +192,7 @@ def _plan(
     for seed in range(comparison.seeds):
         seeded = replace(settings, seed=seed)
         if "dense" in comparison.methods:
-            yield Dense(), "", seeded
+            yield Dense(), "", seeded if comparison.dense_lr is None else replace(seeded, lr=comparison.dense_lr)
         targets = {f"sparsity {sparsity:g}": sparsity for sparsity in comparison.sparsities}
         for name, level, changes in _demp_runs(settings, comparison):
             yield Demon(name), level, replace(seeded, **changes)
@@ -215,7 +231,7 @@ def _count(settings: TrainSettings, comparison: Comparison) -> int:
 def _run(method: Method, level: str, settings: TrainSettings, watchers: list[Watcher]) -> Run:
     data = read_data(settings)
     training = Training(settings, method, data, watchers)
-    dense = training.result.params if method.name == "dense" else _dense_parameters(settings)
+    dense = training.result.params if method.name == "dense" else _dense_parameters(settings, data)
     result = training.run()
     live, total = sum(result.live.values()), sum(result.total.values())
     untold = 0.0 if method.name == "dense" else None
@@ -227,8 +243,8 @@ def _run(method: Method, level: str, settings: TrainSettings, watchers: list[Wat
     )
 
 
-def _dense_parameters(settings: TrainSettings) -> int:
-    return sum(p.numel() for p in new_model(settings, read_data(settings)).parameters())
+def _dense_parameters(settings: TrainSettings, data: ImageData) -> int:
+    return sum(p.numel() for p in new_model(settings, data).parameters())
 
 
 @torch.no_grad()
@@ -252,9 +268,8 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
     except OSError as error:
         raise RecipeError(f"out cannot be made: {settings.out}: {error.strerror}") from error
     # what a run depends on; methods, seeds and levels may be added later
-    free = ("seed", "out", "peak_penalty", "evaluate_every")
-    facts = {name: value for name, value in settings.as_json().items() if name not in free}
-    facts["torch_threads"] = torch.get_num_threads()
+    facts = {name: value for name, value in settings.as_json().items() if name not in (*FREE, "seed", "peak_penalty", "baseline")}
+    facts |= {"torch_threads": torch.get_num_threads(), "dense_lr": comparison.dense_lr}
     facts = json.loads(json.dumps(facts))
     file = settings.out / SETTINGS_FILE
     if file.is_file():

@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     ))
     group.add_argument("--seeds", type=int, metavar="N", help="runs of each method, with seeds 0 to N-1 (default: 3)")
     group.add_argument(
-        "--peak-penalty", type=float, nargs="+", metavar="X", help="a DemP run for each (default: that of the recipe)"
+        "--peak-penalty", type=float, nargs="+", metavar="X", help="a demp run for each (default: that of the recipe)"
     )
     group.add_argument(
         "--target-flops", type=float, nargs="+", metavar="X",
@@ -41,6 +41,10 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--target-sparsity", type=float, nargs="+", metavar="X",
         help="a demp-fast run for each: share of the parameters that it steers to be without",
+    )
+    group.add_argument(
+        "--dense-lr", type=float, metavar="X",
+        help="learning rate of the dense runs, whose best is not always that of networks that lose units (default: that of all)",
     )
     group.add_argument("--sparsity", type=float, nargs="+", metavar="X", help="parameter sparsities of the rivals")
     add_flags(parser, without=REPLACED)
@@ -51,7 +55,7 @@ def _run(chosen: argparse.Namespace) -> None:
     given = vars(chosen)
     names = {
         "methods": "methods", "seeds": "seeds", "peak_penalty": "peak_penalties", "target_flops": "target_flops",
-        "target_sparsity": "target_sparsities", "sparsity": "sparsities",
+        "target_sparsity": "target_sparsities", "sparsity": "sparsities", "dense_lr": "dense_lr",
     }
     choices: dict[str, Any] = {
         name: tuple(given[flag]) if isinstance(given[flag], list) else given[flag]

@@ -102,7 +102,8 @@ def _cards(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         return []
     cards = [(f"{demp['sparsity']:.0%}", f"of the parameters removed by DemP, {demp['level']}")]
     if dense is not None:
-        cards.insert(0, (f"{demp['speedup']:.2f}x", "training speed against dense"))
+        if demp["speedup"] is not None:
+            cards.insert(0, (f"{demp['speedup']:.2f}x", "training speed against dense"))
         cards.append((f"{100 * (demp['accuracy'] - dense['accuracy']):+.2f}", "points of accuracy against dense"))
     return cards
 

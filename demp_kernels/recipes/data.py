@@ -6,6 +6,7 @@ DataLoader that decodes image by image would take cores from the training. Image
 """
 from __future__ import annotations
 
+import copy
 import gzip
 import os
 import shutil
@@ -76,7 +77,7 @@ class TensorBatches:
         self.scale = (1 / std).view(-1, 1, 1)
         self.offset = (-mean / std).view(-1, 1, 1)
         self.batch_size, self.training, self.shift, self.flip, self.resize = batch_size, training, shift, flip, resize
-        self.order, self.ranks = EpochOrder(seed), ranks
+        self.order, self.ranks, self._seed = EpochOrder(seed), ranks, seed
         # of its own: a method that scans must get the same batches to train on as one that does not
         self._scans = torch.Generator().manual_seed(seed)
 
@@ -103,6 +104,12 @@ class TensorBatches:
             images = self._pixels(self._augmented(index, share))
             self.order.position = batch + 1
             yield images, self.labels[index[share]]
+
+    def again(self) -> TensorBatches:
+        """The same batches from the first on, without moving this one's; the images are shared."""
+        other = copy.copy(self)
+        other.order = EpochOrder(self._seed)
+        return other
 
     def scan(self, count: int = SCANNED) -> Iterator[Tensor]:
         """`count` images (or all there are), fresh ones each time, not augmented, in batches."""
@@ -135,10 +142,10 @@ class TensorBatches:
             padded = F.pad(images, (self.shift,) * 4)
             windows = padded.unfold(2, height, 1).unfold(3, width, 1)
             moves = torch.randint(2 * self.shift + 1, (2, drawn), generator=self.order.generator)
-            top, left = moves[:, share].to(images.device)
+            top, left = moves[:, share].to(images.device, non_blocking=True)
             images = windows[torch.arange(count, device=images.device), :, top, left]
         if self.flip:
-            mirrored = torch.rand(drawn, generator=self.order.generator)[share].to(images.device) < 0.5
+            mirrored = torch.rand(drawn, generator=self.order.generator)[share].to(images.device, non_blocking=True) < 0.5
             images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
         return images
 

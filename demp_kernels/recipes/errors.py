@@ -16,12 +16,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def need(module: str, purpose: str) -> ModuleType:
-    """Import an optional dependency, or say in one line what it is for and how to get it."""
+def need(module: str, purpose: str, extra: str = "train") -> ModuleType:
+    """Import an optional dependency, or say in one line what it is for and how to get it. extra: of this package, that has it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = {"sklearn": "scikit-learn", "torch_pruning": "torch-pruning"}.get(module.split(".")[0], module.split(".")[0])
-        wanted = package if package in ("timm", "torch-pruning") else "'demp-kernels[train]'"  # those belong to no extra of their own
+        wanted = package if package in ("timm", "torch-pruning") else f"'demp-kernels[{extra}]'"  # those belong to no extra of their own
         reason = f"{purpose} needs {package}, which cannot be imported ({error}): pip install {wanted}"
         raise RecipeError(reason) from error

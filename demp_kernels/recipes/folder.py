@@ -1,7 +1,7 @@
 """Image folders (one sub-folder a class) through torchvision's ImageFolder and a DataLoader."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,17 @@ class FolderBatches:
     Args:
         loader: of training or test images. plain: for training, a loader of a random choice of them, not augmented.
         order: of the training loader's sampler.
+        again: for training, makes another one of these, of the same batches from the first on.
     """
 
+    again: Callable[[], FolderBatches]
+
     def __init__(
-        self, loader: DataLoader, device: torch.device, plain: DataLoader | None = None, order: EpochOrder | None = None
+        self, loader: DataLoader, device: torch.device, plain: DataLoader | None = None, order: EpochOrder | None = None,
+        again: Callable[[], FolderBatches] | None = None,
     ) -> None:
+        if again is not None:
+            self.again = again
         self.loader, self.device, self.plain, self.order = loader, device, plain, order
         self.mean = torch.tensor(MEAN, device=device).view(-1, 1, 1)
         self.std = torch.tensor(STD, device=device).view(-1, 1, 1)
@@ -153,10 +159,13 @@ def load_folder(
 
     some = RandomSampler(plain, num_samples=min(SCANNED, len(plain)), generator=torch.Generator().manual_seed(seed))
     plain_loader = loader(plain, some, stay=False)
-    order = EpochOrder(seed)
-    sampler = SeededOrder(len(train), batch_size, order)
-    training = FolderBatches(loader(SeededImages(train), sampler, drop_last=True), device, plain_loader, order)
-    return classes, training, FolderBatches(loader(test, SequentialSampler(test)), device), total
+
+    def training(stay: bool = False) -> FolderBatches:
+        order = EpochOrder(seed)
+        batches = loader(SeededImages(train), SeededOrder(len(train), batch_size, order), drop_last=True, stay=stay)
+        return FolderBatches(batches, device, plain_loader, order, again=training)
+
+    return classes, training(stay=True), FolderBatches(loader(test, SequentialSampler(test)), device), total
 
 
 def too_few_images(images: int, batch_size: int) -> RecipeError:

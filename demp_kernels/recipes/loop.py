@@ -185,7 +185,7 @@ class Training:
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Add a part's gradients to those that are there. Returns its share of the loss of this rank's batch."""
-        with self._autocast():
+        with _autocast(self.settings):
             output = self._step_model(images)
             task = F.cross_entropy(output, labels, label_smoothing=self.settings.label_smoothing) / self.settings.accumulate
         self.scaler.scale(task).backward()
@@ -198,7 +198,7 @@ class Training:
         self.ranks.align_buffers(self.model)
         right, count = torch.zeros((2, 1), dtype=torch.int64, device=self.device)
         for images, labels in self.data.test:
-            with self._autocast():
+            with _autocast(self.settings):
                 output = self.model(images.contiguous(memory_format=self.layout))
             right += (output.argmax(1) == labels).sum()
             count += len(labels)
@@ -298,13 +298,9 @@ class Training:
             yield images.contiguous(memory_format=self.layout)
 
     def _labelled_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # read afresh: drawing from `self.data` would change the order of the run's own batches
-        for images, labels in itertools.islice(read_data(self.settings).train, count):
+        # drawing from `self.data.train` would change the order of the run's own batches
+        for images, labels in itertools.islice(self.data.train.again(), count):
             yield images.contiguous(memory_format=self.layout), labels
-
-    def _autocast(self) -> torch.autocast:
-        dtype = torch.float16 if self.settings.amp == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.settings.amp is not None)
 
 
 def read_data(settings: TrainSettings) -> ImageData:
@@ -320,16 +316,21 @@ def read_data(settings: TrainSettings) -> ImageData:
 
 def warm_up(settings: TrainSettings, data: ImageData) -> None:
     """Two steps of a network that is thrown away, so that the first run does not pay for what a process pays once: lazy
-    imports, thread pools, the libraries' start."""
+    imports, thread pools, kernels of the layout and the precision that it will use."""
     torch.manual_seed(settings.seed)
     model = new_model(settings, data)
     device = torch.device(settings.device)
-    model.to(device)
+    layout = torch.channels_last if wants_channels_last(settings, model) else torch.contiguous_format
+    model = model.to(device, memory_format=layout)
+    if settings.compile:
+        torch.compile(nn.ReLU())(torch.zeros(1, device=device))  # the compiler's import and its processes
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
     count = settings.batch_size // (current_ranks().count * settings.accumulate)
     for _ in range(2):
-        images = torch.randn(count, data.channels, data.image_size, data.image_size, device=device)
-        F.cross_entropy(model(images), torch.zeros(count, dtype=torch.int64, device=device)).backward()
+        images = torch.randn(count, data.channels, data.image_size, data.image_size, device=device).to(memory_format=layout)
+        with _autocast(settings):
+            loss = F.cross_entropy(model(images), torch.zeros(count, dtype=torch.int64, device=device))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -348,6 +349,11 @@ def new_model(settings: TrainSettings, data: ImageData) -> nn.Module:
         size = f"{data.channels}x{data.image_size}x{data.image_size}"
         raise RecipeError(f"{settings.model} does not take images of {size}; image-size resizes ({one_line(error)})") from error
     return model.train()
+
+
+def _autocast(settings: TrainSettings) -> torch.autocast:
+    dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(settings.device).type, dtype, enabled=settings.amp is not None)
 
 
 def wants_channels_last(settings: TrainSettings, model: nn.Module) -> bool:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..training.distributed import unwrap
 from .errors import RecipeError, need
 from .methods import Plan
 
@@ -48,11 +50,12 @@ class TorchPruning:
         return model
 
     def attach(self, model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer = unwrap(model), optimizer
         self._at_first = sum(p.numel() for p in model.parameters())
+        self._channels_last = _is_channels_last(self._model)
         self._prune_at = max(1, int(OUTSIDE[self.name] * plan.total_steps))
         self._steps, self._regularising = 0, self.name == "tp-group-lasso"
-        self._pruner = self._make_pruner(model)
+        self._pruner = self._make_pruner(self._model, plan.settings.round_to)
         if self._regularising:
             self._pruner.update_regularizer()
 
@@ -71,6 +74,8 @@ class TorchPruning:
             if (rounds := rounds + 1) > ROUNDS:
                 raise RecipeError(f"{self.name}: sparsity must be one that Torch-Pruning can reach, got {self.sparsity:.2f}")
             self._pruner.step()
+        if self._channels_last:  # what it cut lies in NCHW
+            self._model.to(memory_format=torch.channels_last)
         _adopt(self._optimizer, before, dict(self._model.named_parameters()))
         self._regularising = False
         return True
@@ -81,7 +86,7 @@ class TorchPruning:
     def state(self) -> dict[str, float]:
         return {}
 
-    def _make_pruner(self, model: nn.Module) -> Any:
+    def _make_pruner(self, model: nn.Module, round_to: int) -> Any:
         package = self._package
         kind = package.pruner.GroupNormPruner if self._regularising else package.pruner.BasePruner
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
@@ -90,8 +95,13 @@ class TorchPruning:
             warnings.simplefilter("ignore")  # it warns of parameters that no module of its own holds; they stay as they are
             return kind(
                 model, self._example.to(device), importance=package.importance.GroupMagnitudeImportance(p=2), global_pruning=True,
-                pruning_ratio=1.0, max_pruning_ratio=MOST, iterative_steps=ROUNDS, ignored_layers=head,
+                pruning_ratio=1.0, max_pruning_ratio=MOST, iterative_steps=ROUNDS, ignored_layers=head, round_to=round_to,
             )
+
+
+def _is_channels_last(model: nn.Module) -> bool:
+    weights = [p for p in model.parameters() if p.dim() == 4]
+    return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in weights)
 
 
 def _adopt(optimizer: Optimizer, before: dict[str, nn.Parameter], after: dict[str, nn.Parameter]) -> None:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from ..compaction import compact
@@ -88,7 +89,8 @@ def _gate_scores(
         for name, units in graph.units.items()
     }
     total = {name: torch.zeros_like(gate) for name, gate in gates.items()}
-    with _gated(model, graph, gates):
+    # second derivatives: fused attention has none
+    with _gated(model, graph, gates), sdpa_kernel(SDPBackend.MATH):
         for images, labels in batches:
             loss = F.cross_entropy(model(images), labels)
             first = torch.autograd.grad(loss, list(gates.values()), create_graph=second_order)

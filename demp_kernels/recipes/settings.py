@@ -63,8 +63,8 @@ class TrainSettings:
     penalty_on: str | None = None
     target_flops: float | None = None
     target_sparsity: float | None = None
-    steer_until: float = 0.3
-    push_rate: float = 0.02
+    steer_until: float = Steering.until
+    push_rate: float = Steering.rate
     round_to: int = 8
     device: str = "auto"
     seed: int = 0

@@ -1,6 +1,7 @@
 """`demp train`: the dense baseline and the DemP run, their table, their files."""
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,8 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
                     _note_other(console, ranks, *training.load(checkpoints[method.name]))
                 runs.append(training.result)
                 training.run(checkpoints[method.name])
+                del training
+                gc.collect()  # a finished training is a cycle: its memory and its data's workers are not for the next one
     except KeyboardInterrupt as error:
         if ranks.count > 1 and not isinstance(error, Stopped):
             raise  # this rank alone knows

@@ -74,7 +74,7 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
         "--push-rate": {"type": float, "help": "what a pushed scale or offset moves in a step (default: 0.02)"},
         "--peak-noise": {"type": float, "help": "peak standard deviation of the weight noise (default: 5e-5)"},
         "--ramp": {"type": float, "help": "share of the run that the penalty's one cycle takes (default: 0.87)"},
-        "--prune-every": {"type": int, "help": "look for dead units every N steps (default: once an epoch)"},
+        "--prune-every": {"type": int, "help": "look for dead units every N steps (default: once an epoch, with a target four times)"},
         "--criterion": {"choices": CRITERIA, "help":
             "a unit is dead that was never active in the training steps since the last look (window, the default) or "
             "in 1,536 training images (scan)"},
@@ -155,7 +155,8 @@ def _epilog() -> str:
         lines.append(f"  {data}: " + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items()))
     recipes = [f"  {name}: {about}" for name, about in recipe_summaries().items()]
     return "\n".join([
-        "recipes:", *recipes, "", *lines, "  (the widths are those of resnet18; networks without batch norm start at --lr 0.001)",
-        "", "Kernels for convolutions and tensor cores work in blocks of channels: a multiple of 8 is faster than a few",
-        "units less. --round-to 1 removes every dead unit.",
+        "recipes:", *recipes, "", *lines, "  (the widths are those of resnet18, vgg16 starts with 64, mlp with 512, vit with 128; networks but resnet18,",
+        "  vgg16 and mlp start at --lr 0.001; with a target --peak-penalty is 0)",
+        "", "Tensor cores work in blocks of channels: there a multiple of 8 is faster than a few units less. --round-to 1 removes",
+        "every dead unit.",
     ])

@@ -42,7 +42,7 @@ def _run(chosen: argparse.Namespace) -> int:
     before = [] if chosen.out is None else read_rows(chosen.out)
     if chosen.readme is not None:
         check_readme(chosen.readme)
-    need("rich", "demp selfcheck")
+    need("rich", "demp selfcheck", "test")
     from rich.console import Console
     from rich.markdown import Markdown
 

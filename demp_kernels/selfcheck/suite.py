@@ -53,7 +53,7 @@ def run_tests(
     Raises RecipeError where pytest is missing, or ended without having run tests to the end (a file that is not there).
     """
     if python == sys.executable:
-        need("pytest", "demp selfcheck")
+        need("pytest", "demp selfcheck", "test")
     root = checkout() if root is None else root
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "junit.xml"

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..arguments import require_module
-from ..compaction import plan_to_dict
+from ..compaction import widths_to_dict
 from ..compaction.entry import as_followers
-from ..compaction.optimizer import as_optimizers, plan_states
-from ..compaction.saved import Restoration, saved_keep
+from ..compaction.optimizer import as_optimizers
+from ..compaction.removal import Removal
+from ..compaction.saved import saved_keep
 from ..compaction.state_checks import check_model_state, check_optimizer_states, check_tensors, entry
 from ..graph import UnitGraph, remembered_inputs
 from .checkpoint_file import CheckpointError, read_file, write_file
@@ -51,7 +52,7 @@ def save_checkpoint(
     if demp is not None and not isinstance(demp, DemP):
         raise TypeError(f"demp must be a DemP, got {type(demp).__name__}")
     write_file(Path(path), {
-        "units": plan_to_dict(demp.graph) if demp is not None else None,
+        "units": widths_to_dict(demp.graph) if demp is not None else None,
         "model": unwrap(model).state_dict(),
         "optimizers": [one.state_dict() for one in as_optimizers(optimizer)],
         "demp": demp.state_dict() if demp is not None else None,
@@ -83,7 +84,8 @@ def load_checkpoint(
         restore_rng: continue the random generators, too.
 
     Returns: the `extra` that was saved.
-    Raises: FileNotFoundError; CheckpointError for a damaged or foreign file or one of another model.
+    Raises: FileNotFoundError; CheckpointError for a damaged or foreign file or one of another model; ValueError where the
+        analysis needs `example_inputs` and there are none.
     """
     content = read_file(Path(path))
     wrapper, model, optimizers = model, unwrap(model), as_optimizers(optimizer)
@@ -94,16 +96,12 @@ def load_checkpoint(
             raise ValueError("example_inputs is required for a model that was not made by prepare(), got None")
         graph = UnitGraph.trace(model, inputs)
     try:
-        restoration = _checked(content, model, optimizers, demp, graph)
-        if restoration is not None:
-            # states that are about to be replaced need not shrink
-            kept = [] if content["optimizers"] else optimizers
-            states = plan_states(kept, restoration.plan.cuts)
+        removal = _checked(content, model, optimizers, demp, graph)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit {type(model).__name__}: {error}") from error
 
-    if restoration is not None:
-        restoration.carry_out(states)
+    if removal is not None:
+        removal.carry_out()
         refit_wrappers(wrapper)
     model.load_state_dict(content["model"])
     for one, state in zip(optimizers, content["optimizers"]):
@@ -118,7 +116,7 @@ def load_checkpoint(
 
 def _checked(
     content: dict[str, Any], model: nn.Module, optimizers: list[Optimizer], demp: DemP | None, graph: UnitGraph | None
-) -> Restoration | None:
+) -> Removal | None:
     """How the model gets its widths, or None if the file tells none. Raises an error if any part does not fit."""
     for part in ("units", "model", "optimizers", "demp", "rng"):
         if part not in content:
@@ -128,14 +126,17 @@ def _checked(
     units, state = entry(content, "units", optional), entry(content, "demp", optional)
     entry(content, "extra", dict)
     followers = as_followers(demp.followers if demp is not None else None)
-    restoration = None if graph is None or units is None else Restoration(model, graph, saved_keep(graph, units), followers)
-    shape = (lambda tensor: tuple(tensor.shape)) if restoration is None else restoration.shape
-    check_model_state(model, content.get("model"), shape, {} if restoration is None else restoration.selections)
+    removal = None
+    if graph is not None and units is not None:
+        shrinking = [] if content["optimizers"] else optimizers  # states that are about to be replaced need not shrink
+        removal = Removal(model, graph, saved_keep(graph, units), optimizers=shrinking, followers=followers)
+    shape = (lambda tensor: tuple(tensor.shape)) if removal is None else removal.shape
+    check_model_state(model, content.get("model"), shape, {} if removal is None else removal.selections)
     check_optimizer_states(optimizers, content.get("optimizers"), shape)
     if demp is not None and state is not None:
-        demp.check_state_dict(state, demp.live_units if restoration is None else restoration.units)
+        demp.check_state_dict(state, demp.live_units if removal is None else removal.units)
     check_random_state(content.get("rng"))
-    return restoration
+    return removal
 
 
 def _align_moments(optimizer: Optimizer) -> None:

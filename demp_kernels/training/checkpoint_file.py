@@ -12,6 +12,7 @@ import secrets
 import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,7 +43,8 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}{SUFFIX}"
     try:
         with temporary.open("xb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # tells other processes that this one is alive; a kill gives it up
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # tells other processes that this one is alive; a kill gives it up
             _write_archive(file, {"format": FORMAT, "version": VERSION, **content})
             file.flush()
             os.fsync(file.fileno())
@@ -55,7 +57,8 @@ def write_file(path: Path, content: dict[str, Any]) -> None:
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        with suppress(OSError):  # not every file system can, of directories; the file itself is written
+            os.fsync(directory)
     finally:
         os.close(directory)
 

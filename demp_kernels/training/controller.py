@@ -75,14 +75,16 @@ class DemP:
         peak_noise: peak standard deviation of the weight noise, >= 0.
         prune_every, prune_after: look for dead units at steps that are a multiple of `prune_every`, from
             `prune_after` on. Under the window criterion `prune_every` is the number of steps in which a unit must have
-            been silent: let it cover about an epoch.
+            been silent: let it cover about an epoch. The last look of the run, after `total_steps`, has a window of at least
+            that length, for which the multiple just before it is left out.
         ramp_steps: length T_r of the schedule, by default int(0.87 * total_steps), as in the authors' ResNet-18 recipe.
-        schedule: one of `SCHEDULES`.
+        schedule: of lambda and the noise: "one_cycle", "constant", "cosine_decay" or "linear_warmup".
         criterion: "window" (never active in training since the last look, counted for free) or "scan" (the authors':
             sum <= 0 in every batch of `scan_batches`).
         scan_batches: for "scan": batches of inputs, or a function that returns fresh ones.
         example_inputs: a tensor or tuple for the analysis; not needed for a prepared model.
-        penalty_norm, penalty_on: see `training.penalty`.
+        penalty_norm: "l1" (the sum of |p|), "l2" (half of p squared) or "positive" (of p where p > 0).
+        penalty_on: "scales" (of normalisations), "offsets", "normalisation" (both), "weights" or "all".
         round_to, followers: as for `compact`: "auto" or a number; copies (EMA, SWA) that shrink with the model.
         fold_batches, max_change: as for `compact`, for networks with GELU, SiLU or leaky ReLU: batches of inputs, or a function
             that returns fresh ones, on which what dead units still give is measured, to be added to the biases behind
@@ -95,7 +97,7 @@ class DemP:
             removes. Reports give the numbers (`payoff`, `decisions`). Times are measured, so that a run need not repeat
             itself bit for bit, nor a resumed one go on so; with "always" both do.
         seed: of the weight noise; by default drawn from torch's generator.
-        steering: a budget that units are pushed to meet, whatever the penalty does; see `Steering`.
+        steering: a budget that units are pushed to meet, beside the penalty; for a budget alone `peak_penalty=0`. See `Steering`.
 
     Networks may train in several threads. Make their `DemP`s before the threads start: torch exchanges functions of the
     whole process while it traces, so that a step beside an analysis may round differently.
@@ -199,7 +201,8 @@ class DemP:
     # --- the two calls of a training loop ---
 
     def penalty(self) -> Tensor:
-        """lambda_t * R as a differentiable scalar, to be added to the loss."""
+        """lambda_t * R as a differentiable scalar, to be added to the loss: once a step. Where gradients of k parts of a batch are
+        accumulated, add a k-th of it to each part's loss, or call `penalise_gradients` once before the optimiser's step."""
         if not self._penalised:
             return torch.zeros((), device=self._noise_seed.device)
         return self.penalty_weight * penalty_value(self._penalised, self.penalty_norm)
@@ -226,12 +229,19 @@ class DemP:
         self._steps_done += 1
         if self._weighing is not None:
             self._weighing.pace.ends()
-        at_end = self._steps_done == self.total_steps
-        due = at_end or (self._steps_done % self.prune_every == 0 and self._steps_done >= self.prune_after)
-        report = self._remove_dead() if due else None
+        report = self._remove_dead() if self._due() else None
         if self._weighing is not None:
             self._weighing.pace.begins(report)
         return report
+
+    def _due(self) -> bool:
+        """Whether dead units are looked for after this step: at multiples of `prune_every`, and at the end."""
+        left = self.total_steps - self._steps_done
+        if left == 0:
+            return True
+        if self.criterion == "window" and 0 < left < self.prune_every:
+            return False  # a look now would leave the last one a window too short to tell
+        return self._steps_done % self.prune_every == 0 and self._steps_done >= self.prune_after
 
     # --- what is going on ---
 

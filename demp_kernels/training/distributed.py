@@ -22,6 +22,10 @@ MODULE_HOOKS = tuple(name for name in vars(nn.Module()) if "_hook" in name)
 """Attributes in which a module keeps the hooks that were registered on it, and of which kind they are."""
 
 
+NEWER_ARGUMENTS = ("skip_all_reduce_unused_params", "batched_grad_copy")
+"""Arguments of DistributedDataParallel, and its attributes, in the newer ones of the supported torch releases."""
+
+
 def is_distributed() -> bool:
     """Whether this process is one of several in a group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -135,13 +139,17 @@ def _rebuild_data_parallel(model: nn.Module) -> None:
         "dim": model.dim,
         buffers: getattr(model, buffers),
         "process_group": model.process_group,
-        "bucket_cap_mb": model.bucket_bytes_cap / (1024 * 1024),
+        # given, even the default keeps DDP from making its first bucket small, so that the exchange begins early
+        "bucket_cap_mb": None if getattr(model, "bucket_bytes_cap_default", False) else model.bucket_bytes_cap / (1024 * 1024),
         "find_unused_parameters": model.find_unused_parameters,
         "gradient_as_bucket_view": model.gradient_as_bucket_view,
         "static_graph": model.static_graph,
         "mixed_precision": model.mixed_precision,
         "init_sync": False,  # all ranks removed the same entries of the same tensors
+        **{name: getattr(model, name) for name in NEWER_ARGUMENTS if hasattr(model, name)},
     }
+    if caps := getattr(model, "bucket_bytes_cap_list", None):
+        arguments["bucket_cap_mb_list"] = [cap // (1024 * 1024) for cap in caps]
     training, module, communication = model.training, model.module, list(model._comm_hooks)
     hooks = {name: value for name, value in vars(model).items() if name in MODULE_HOOKS}
     del model.reducer

@@ -53,17 +53,22 @@ def compact_sharded(
 
     Args:
         plain: the prepared model before it was sharded, with the widths that `model` has. It is compacted along, and holds
-            the current weights afterwards.
+            the current weights after a removal.
         build: shards a copy of `plain` and makes its optimiser, with the same parameter groups each time.
         graph: of `plain`; it follows.
         dead: by default the units that were not active on any rank since the counters were reset.
 
-    Raises CompactionError if the model or the optimiser's state cannot be shrunk.
+    Raises CompactionError if the model or the optimiser's state cannot be shrunk, ValueError for a graph of another model.
     """
     if dead is None:
+        if not graph.calls_of(model):
+            raise ValueError("graph must be that of plain: it has none of the activations of model")
         dead = window_dead(model, graph)
         for module in activations_of(model).values():
             module.reset_counts()  # a window ends with its decision, whatever it is
+    if graph.keep(dead, round_to=round_to, min_units=min_units).atoms.all():
+        # without the gathering, which takes time and the memory of a whole model on each rank
+        return model, optimizer, compact(plain, dead=dead, graph=graph, round_to=round_to, min_units=min_units)
     state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
     set_model_state_dict(plain, get_model_state_dict(model, options=WHOLE))
     gathered = _Gathered(plain, state)

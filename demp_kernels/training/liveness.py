@@ -139,16 +139,16 @@ def check_counters(counters: dict[str, Any], model: nn.Module, units: dict[str, 
 class StepLiveness:
     """Which units were active since the last look, without stopping the device.
 
-    Compares each counter with a copy of what it was: two calls for the whole list of counters.
+    Compares each counter with a copy of what it was.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._before: dict[str, Tensor] = {}
+        self.restart()
 
     def take(self) -> dict[str, Tensor]:
         """name -> (C,) bool: active at least once since the last `take`."""
-        counters = {name: m.active for name, m in activations_of(self._model).items() if m.active is not None}
+        counters = {name: m.active for name, m in self._activations.items() if m.active is not None}
         live = {}
         for name, counter in counters.items():
             before = self._before.get(name)
@@ -162,4 +162,5 @@ class StepLiveness:
 
     def restart(self) -> None:
         """Forget the copies: the counters were reset or resized."""
-        self._before.clear()
+        self._activations = activations_of(self._model)  # a walk over all modules takes longer than what each step does
+        self._before: dict[str, Tensor] = {}

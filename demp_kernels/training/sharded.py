@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ..compaction import plan_to_dict
+from ..compaction import widths_to_dict
 from ..compaction.entry import as_followers
-from ..compaction.optimizer import as_optimizers, plan_states
-from ..compaction.saved import Restoration, saved_keep
+from ..compaction.optimizer import as_optimizers
+from ..compaction.removal import Removal
+from ..compaction.saved import saved_keep
 from ..compaction.state_checks import entry
 from .checkpoint_file import CheckpointError, read_file, write_file
 from .controller import DemP
@@ -33,7 +34,8 @@ def save_sharded(
     *,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write model and optimisers by DCP, and widths, controller and `extra` by rank 0, into an empty or new `folder`.
+    """Write model and optimisers by DCP, and widths, controller and `extra` by rank 0, into `folder`. What was saved
+    there before is given up at once: save into a new folder each time to have one whatever happens.
 
     Called by every rank. The model may be wrapped (DistributedDataParallel): every tensor is written once, by one rank.
     """
@@ -42,11 +44,14 @@ def save_sharded(
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     weights, moments = get_state_dict(unwrap(model), as_optimizers(optimizer))
+    if _rank() == 0:
+        (Path(folder) / WIDTHS).unlink(missing_ok=True)  # of an earlier save: until the new one is whole, this is no checkpoint
+    _wait()
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
     demp.pool_counters()
     if _rank() == 0:
         write_file(Path(folder) / WIDTHS, {
-            "units": plan_to_dict(demp.graph), "demp": demp.state_dict(), "extra": extra or {},
+            "units": widths_to_dict(demp.graph), "demp": demp.state_dict(), "extra": extra or {},
         })
     _wait()
 
@@ -66,12 +71,11 @@ def load_sharded(
     content = read_file(path)
     try:
         keep = saved_keep(demp.graph, entry(content, "units", dict))
-        restoration = Restoration(inner, demp.graph, keep, as_followers(demp.followers))
-        demp.check_state_dict(entry(content, "demp", dict), restoration.units)
-        states = plan_states(optimizers, restoration.plan.cuts)
+        removal = Removal(inner, demp.graph, keep, optimizers=optimizers, followers=as_followers(demp.followers))
+        demp.check_state_dict(entry(content, "demp", dict), removal.units)
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit {type(inner).__name__}: {error}") from error
-    restoration.carry_out(states)
+    removal.carry_out()
     refit_wrappers(model)
     weights, moments = get_state_dict(inner, optimizers)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}

@@ -211,7 +211,10 @@ class Steerer:
         loss = loss.detach().double()
         if self.losses is None:
             self.losses = loss.repeat(3)
+        # a loss that is not finite says nothing: a GradScaler skips its step
+        self.losses.copy_(torch.where(self.losses.isfinite(), self.losses, loss))
         mean, lowest, first = self.losses.unbind()
+        loss = torch.where(loss.isfinite(), loss, mean)
         mean.mul_(MEMORY).add_(loss, alpha=1 - MEMORY)
         lowest.copy_(torch.minimum(lowest, mean))
         return mean > lowest + self.steering.tolerance * first

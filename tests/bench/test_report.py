@@ -60,9 +60,16 @@ def test_goals_are_judged_by_their_worst_case(everything) -> None:
     assert verdict(everything, "weight noise").word == "met"
 
 
+def test_the_median_of_two_cases_lies_between_them(everything, make_rows) -> None:
+    slower = make_rows(op="weight_noise", shape="1000", copy=2.0, copy_into=2.0, eager=30.0, demp=9.0)
+    noise = verdict([*everything, *slower], "weight noise")
+    assert (noise.cases, noise.median, noise.worst) == (2, pytest.approx(3.5), pytest.approx(4.5))
+
+
 def test_goals_of_step_and_compaction(everything) -> None:
     assert verdict(everything, "in the same layout").worst == pytest.approx(200 / 150)
     assert verdict(everything, "in NCHW").worst == pytest.approx(260 / 150)
+    assert verdict(everything, "with the same fused AdamW").worst == pytest.approx(180 / 150)
     assert verdict(everything, "own work").worst == pytest.approx(0.03)
     assert verdict(everything, "own work").word == "not met"
     assert verdict(everything, "commit: time").word == "met"
@@ -107,7 +114,7 @@ def test_tables_show_times_and_ratios(everything) -> None:
     assert "relu + noise forward" in text
     assert "4.76x" in text  # eager 10.0 / 2.1
     assert "0.33x" in text, "a losing case must stay in the table"
-    assert "prepared, allocator tuned" in text and "Torch-Pruning" in text
+    assert "prepared, fused AdamW, allocator tuned" in text and "Torch-Pruning" in text
     assert "not met" in text
 
 

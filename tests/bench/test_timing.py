@@ -23,7 +23,6 @@ def test_percentiles_are_numpys(count: int) -> None:
     found = Timing.of(samples)
     assert (found.p20, found.median, found.p80) == pytest.approx(tuple(np.percentile(samples, [20, 50, 80])))
     assert found.samples == count
-    assert found.spread >= 1
 
 
 def test_no_sample_is_refused() -> None:

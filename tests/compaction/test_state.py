@@ -5,10 +5,13 @@ import copy
 
 import pytest
 import torch
-from nets import NETS, Chain, ResNet, inputs, kill, traced
+from nets import Chain, ResNet, inputs, kill, traced
 from torch import Tensor, nn
 
 import demp_kernels as dk
+from demp_kernels.compaction import widths_to_dict
+from demp_kernels.compaction.removal import Removal
+from demp_kernels.compaction.saved import saved_keep
 
 
 def test_parameters_stay_the_same_objects_with_all_their_flags() -> None:
@@ -146,22 +149,19 @@ def test_saved_widths_fit_a_new_model() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     for seed in range(2):
         dk.compact(model, optimizer, dead=kill(model, graph, 0.3, seed), graph=graph)
-    from demp_kernels.compaction import apply_saved, plan_to_dict
-
-    saved = plan_to_dict(graph)
+    saved = widths_to_dict(graph)
     twin, twin_graph = ResNet("bottleneck"), traced("bottleneck")
-    report = apply_saved(twin, torch.optim.AdamW(twin.parameters()), twin_graph, saved)
-    assert report.changed and twin_graph.units == graph.units
+    removal = Removal(twin, twin_graph, saved_keep(twin_graph, saved), optimizers=[torch.optim.AdamW(twin.parameters())])
+    assert removal.units == graph.units
+    assert removal.carry_out() > 0 and twin_graph.units == graph.units
     twin.load_state_dict(model.state_dict())
     x = inputs()
     torch.testing.assert_close(twin.eval()(x), model.eval()(x), rtol=0, atol=0)
     for a, b in zip(twin.blocks, model.blocks):
         assert (a.add.index is None) == (b.add.index is None)
         assert a.add.index is None or torch.equal(a.add.index, b.add.index)
-    other = NETS["chain"]()
     with pytest.raises(ValueError, match="saved widths must be of this model"):
-        apply_saved(other, None, traced("chain"), saved)
-    assert all(p.shape == q.shape for p, q in zip(other.parameters(), NETS["chain"]().parameters()))
+        saved_keep(traced("chain"), saved)
 
 
 def test_tied_weights_stay_tied() -> None:

@@ -3,17 +3,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
 
 import pytest
+from image_files import write_idx
 
 from demp_kernels.cli import main
 from demp_kernels.recipes import compare as module
-from demp_kernels.recipes import compare_command
-from demp_kernels.recipes.compare import Run, table_rows
+from demp_kernels.recipes import compare_command, comparison_report
+from demp_kernels.recipes.compare import Comparison, Run, table_rows
+from demp_kernels.recipes.errors import RecipeError
 from demp_kernels.recipes.loop import RunResult
+from demp_kernels.recipes.settings import TrainSettings
 
 SMALL = [
     "compare", "--model", "mlp", "--width", "24", "--train-size", "320", "--batch-size", "32", "--epochs", "12",
@@ -66,11 +70,11 @@ def test_a_budget_is_a_method_of_its_own_whose_sparsity_rivals_match(tmp_path: P
 def test_the_preset_of_a_budget_goes_under_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(compare_command, "compare", lambda settings, comparison: asked.append((settings.resolved(), comparison)))
-    arguments = ["--recipe", "resnet18-cifar10-adamw", "--methods", "demp-fast", "--prune-every", "7", "--steer-until", "0.2"]
+    arguments = ["--recipe", "resnet18-cifar10-adamw", "--methods", "demp", "demp-fast", "--prune-every", "7", "--steer-until", "0.2"]
     arguments += ["--peak-penalty", "0.01", "0.02"]  # of runs of the method demp
     assert main(["compare", *arguments]) == 0
     (settings, comparison), = asked
-    ((_, level, changes),) = module._demp_runs(settings, comparison)
+    *_, (_, level, changes) = module._demp_runs(settings, comparison)
     fast = dataclasses.replace(settings, **changes)
     assert (fast.prune_every, fast.steer_until) == (7, 0.2)
     assert (fast.criterion, fast.round_to, fast.peak_penalty, level) == ("window", 8, 0.0, "flops 0.2")
@@ -147,6 +151,50 @@ def test_a_damaged_run_is_named(finished: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "runs" / "dense-seed-0.json").write_text('{"method": "dense"')
     assert main([*SMALL, "--methods", "dense", "--out", str(tmp_path)]) == 2
     assert "dense-seed-0.json; remove it" in capsys.readouterr().err
+
+
+def test_a_run_without_a_result_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"method": "dense"}')
+    with pytest.raises(RecipeError, match="run.json; remove it"):
+        Run.load(tmp_path / "run.json")
+
+
+def test_a_mistake_leaves_the_folder_for_what_was_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--methods", "dense", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path / "out")]
+    assert main(["compare", "--data", "fashion-mnist", "--data-dir", str(tmp_path / "nowhere"), *out]) == 2
+    assert main(["compare", "--data", "fashion-mnist", "--model", "resnt", *out]) == 2
+    write_idx(tmp_path, compressed=False)
+    batches = ["--batch-size", "4", "--model", "mlp", "--width", "8"]
+    assert main(["compare", "--data", "fashion-mnist", "--data-dir", str(tmp_path), *batches, *out]) == 0
+    (tmp_path / "moved").mkdir()
+    for file in tmp_path.glob("*ubyte*"):
+        file.rename(tmp_path / "moved" / file.name)
+    capsys.readouterr()
+    assert main(["compare", "--data", "fashion-mnist", "--data-dir", str(tmp_path / "moved"), *batches, *out]) == 0
+    assert "there already" in capsys.readouterr().out
+
+
+def test_dense_runs_may_have_a_learning_rate_of_their_own() -> None:
+    settings = TrainSettings(lr=0.01).resolved()
+    asked = module._plan(settings, Comparison(("dense", "demp"), seeds=1, dense_lr=0.002), [])
+    assert [(method.name, own.lr) for method, _, own in itertools.islice(asked, 2)] == [("dense", 0.002), ("demp", 0.01)]
+
+
+def test_a_recipe_with_a_target_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.json").write_text('{"target_sparsity": 0.9}')
+    assert main(["compare", "--recipe", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out")]) == 2
+    assert "it must have no target-sparsity, got 0.9; --target-sparsity is of the method demp-fast" in capsys.readouterr().err
+
+
+def test_the_page_of_a_comparison_that_went_on_elsewhere(tmp_path: Path) -> None:
+    result = RunResult("demp", steps=9, total_steps=9, live={"a": 1}, total={"a": 2}, units=[(0, {"a": 2}), (5, {"a": 1})])
+    runs = [
+        Run("dense", "", 0, 0.5, 0.0, 0.0, 10, 4.0, 1.0, RunResult("dense"), "one machine"),
+        Run("demp", "penalty 1", 0, 0.5, 0.1, 0.1, 10, 2.0, 1.0, result, "another machine"),
+    ]
+    comparison_report.write(tmp_path, TrainSettings().resolved(), runs, {})
+    assert "one machine; another machine" in (tmp_path / "table.md").read_text()
+    assert "training speed against dense" not in (tmp_path / "comparison.html").read_text()
 
 
 def test_speed_up_is_against_the_dense_run_of_the_same_seed() -> None:

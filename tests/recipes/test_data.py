@@ -176,6 +176,20 @@ def test_shares_of_ranks_are_the_whole_batch(name: str, tmp_path: Path) -> None:
     assert sum(len(labels) for part in parts for _, labels in part.test) == whole.test.samples
 
 
+@pytest.mark.parametrize("name", ["cifar10", "folder"])
+def test_the_same_batches_again_without_moving_those_of_the_run(name: str, tmp_path: Path) -> None:
+    write_cifar10(tmp_path) if name == "cifar10" else write_folder(tmp_path)
+    options = {"batch_size": 4, "workers": 0} | ({"image_size": 40} if name == "folder" else {})
+    expected = [images for images, _ in load(name, tmp_path, **options).train]
+    train = load(name, tmp_path, **options).train
+    found = []
+    for images, _ in train:
+        found.append(images)
+        again = [images for images, _ in train.again()]
+        assert len(again) == len(expected) > 1 and all(map(torch.equal, again, expected))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_scans_do_not_change_the_batches_and_go_on_after_a_resume() -> None:
     def batches(scanning: bool) -> TensorBatches:
         generator = torch.Generator().manual_seed(1)

@@ -1,6 +1,8 @@
 """Rival pruning methods: their scores against finite differences, their cuts against the sparsity asked for."""
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 import demp_kernels as dk
 from demp_kernels.graph import UnitGraph
 from demp_kernels.recipes.methods import Plan
-from demp_kernels.recipes.models import ResNet18
+from demp_kernels.recipes.models import ResNet18, build_model
 from demp_kernels.recipes.rivals import RIVALS, Rival, crop_scores, l1_scores, snap_scores
 from demp_kernels.recipes.settings import TrainSettings
 from demp_kernels.training.budget import lowest_units
@@ -57,6 +59,16 @@ def test_gate_scores_are_derivatives_in_the_gates(batches: list) -> None:
     crop = torch.cat(list(crop_scores(model, graph, batches, 0).values()))
     torch.testing.assert_close(snap, first.abs(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(crop, second.abs(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scores", [snap_scores, crop_scores])
+def test_scores_of_a_network_with_attention(scores: Any) -> None:
+    """Fused attention has no second derivative."""
+    net = build_model("vit", channels=1, classes=3, image_size=8, width=32)
+    model = dk.prepare(net, torch.randn(2, 1, 8, 8))
+    graph = UnitGraph.trace(model, torch.randn(2, 1, 8, 8))
+    found = scores(model, graph, [(torch.randn(4, 1, 8, 8), torch.arange(4) % 3)], 0)
+    assert found.keys() == graph.units.keys() and all(score.isfinite().all() and score.any() for score in found.values())
 
 
 def test_scores_leave_the_model_alone(batches: list) -> None:

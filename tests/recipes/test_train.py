@@ -196,6 +196,13 @@ def test_ctrl_c_keeps_what_is_known(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "summary.json").mkdir()
+    small = ("--width", "4", "--image-size", "8", "--train-size", "64", "--batch-size", "32", "--epochs", "1", "--no-baseline")
+    assert main(["train", *small, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"demp train: error: Is a directory: {tmp_path / 'summary.json'}\n"
+
+
 def test_the_process_ends_with_code_2_too(tmp_path: Path) -> None:
     done = subprocess.run(command("--epochs", "-3"), capture_output=True, text=True, timeout=120, cwd=tmp_path, env={
         **os.environ, "PYTHONPATH": str(Path(dk.__file__).parents[1]),

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import demp_kernels as dk
 
 # Every rank trains its share of a sharded model and, beside it, the whole one on the whole batch. Adam's eps is large, so
 # that gradients that are nearly zero stay what they are.
@@ -54,6 +58,10 @@ for step in range(12):
     dist.all_reduce(shown)
     losses.append(shown.item() / world)
     expected.append(reference.item())
+    if step == 5:
+        nothing = {"5": torch.zeros(graph.units["5"], dtype=torch.bool)}
+        same, same_optimizer, report = dk.compact_sharded(model, optimizer, plain, build, graph=graph, dead=nothing)
+        assert same is model and same_optimizer is optimizer and not report.changed
     if step in (3, 7):
         # first what the counters say, then a unit that is taken out although it is alive
         silent = {"5": torch.arange(graph.units["5"]) == 0} if step == 7 else None
@@ -72,6 +80,26 @@ del model, optimizer, task
 gc.collect()  # see tests/test_distributed.py
 dist.destroy_process_group()
 """
+
+
+def test_activations_are_found_behind_checkpointing_and_compiled_blocks() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 5), nn.ReLU()), nn.Linear(5, 3))
+    plain = dk.prepare(net, torch.randn(2, 6))
+    graph = dk.UnitGraph.trace(plain, torch.randn(2, 6))
+    blocks = nn.Module()
+    blocks.add_module("1", checkpoint_wrapper(plain.get_submodule("1")))
+    blocks.add_module("2", torch.compile(plain.get_submodule("2")))
+    found = graph.calls_of(blocks)
+    assert {call.module for calls in found.values() for call in calls} == {"1", "2.1"}
+    assert all(isinstance(module, dk.DemPReLU) for module in found)
+
+
+def test_a_graph_of_another_model_is_refused() -> None:
+    plain = dk.prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 6))
+    other = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 3))
+    graph = dk.UnitGraph.trace(other, torch.randn(2, 6))
+    with pytest.raises(ValueError, match="graph must be that of plain"):
+        dk.compact_sharded(plain, torch.optim.SGD(plain.parameters()), plain, lambda net: (net, None), graph=graph)
 
 
 def run(folder: Path) -> list[dict[str, Any]]:

@@ -36,6 +36,19 @@ if what == "save":
     with torch.no_grad():
         inner.get_submodule("2").bias[[1, 3]] = -50
     train(6)
+    import os
+    import torch.distributed.checkpoint as dcp
+    dk.save_sharded(folder, model, optimizer, demp)
+    save = dcp.save
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+    dcp.save = killed
+    try:
+        dk.save_sharded(folder, model, optimizer, demp)
+    except KeyboardInterrupt:
+        pass
+    assert not os.path.exists(os.path.join(folder, "demp.pt")), "a half-written folder passes for a checkpoint"
+    dcp.save = save
     dk.save_sharded(folder, model, optimizer, demp, extra={"mine": 3})
 else:
     assert dk.load_sharded(folder, model, optimizer, demp) == {"mine": 3}
