@@ -94,7 +94,7 @@ def make_plan(model: nn.Module, graph: UnitGraph, keep: Keep) -> Plan:
     """Turn the kept classes into cuts. Raises ValueError if the graph is not that of `model` as it is now."""
     modules = dict(model.named_modules(remove_duplicate=False))
     plan = Plan(keep)
-    if keep.atoms.all():
+    if graph.is_whole(keep):
         return plan
     names: dict[str, dict[int, int]] = {}  # name -> dimension -> group of its axis
     for (name, dim), group in zip(graph.axes, graph.axis_groups):

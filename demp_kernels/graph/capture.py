@@ -1,7 +1,6 @@
 """The ATen graph of a model, captured by `torch.export` without touching the model."""
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import re
@@ -84,13 +83,12 @@ def _annotations_of_this_thread() -> Iterator[None]:
     """Other threads go through the functions that dynamo skips (parts of an optimiser's step) as if nothing was exported.
     To torch 2.14 everything is, while one thread exports, and those functions then make notes in one dict of the process:
     two threads at once, and one of them ended in KeyError: 'custom'."""
-    importlib.import_module("torch._dynamo")  # which export would import too: before, as it keeps the function itself
-
     thread, annotate = threading.get_ident(), fx.traceback.annotate
 
     def annotate_here(annotations: dict[str, Any]) -> AbstractContextManager[None]:
         return annotate(annotations) if threading.get_ident() == thread else nullcontext()
 
+    annotate_here.__wrapped__ = annotate.__wrapped__  # type: ignore[attr-defined]  # dynamo asks for it wherever it traces
     fx.traceback.annotate = annotate_here
     try:
         yield

@@ -67,7 +67,6 @@ class UnitGraph:
     unit_ids: activation name -> numbers (at the analysis) of the units that it still has.
     gates: parameter name -> activation whose dead unit r makes row r (dim 0) of the parameter useless: its gradient is
         zero.
-    pinned: activation name -> why none of its units can be removed, for those of which that is so.
     """
 
     def __init__(self, built: Builder, inputs: tuple[Any, ...], untraced: list[str]) -> None:
@@ -188,8 +187,8 @@ class UnitGraph:
         modules = {WRAPPER.sub("", name).lstrip("."): module for name, module in model.named_modules(remove_duplicate=False)}
         calls: dict[nn.Module, list[ActivationUnits]] = {}
         for a in self.activations:
-            if a.module in modules:
-                calls.setdefault(modules[a.module], []).append(a)
+            if (module := modules.get(WRAPPER.sub("", a.module).lstrip("."))) is not None:
+                calls.setdefault(module, []).append(a)
         return calls
 
     # --- what stays ---
@@ -319,6 +318,10 @@ class UnitGraph:
         return (None, channels) if np.array_equal(index, np.arange(channels)) else (index, channels)
 
     # --- following a compaction ---
+
+    def is_whole(self, keep: Keep) -> bool:
+        """Whether everything stays that the model still has. Classes that it has lost stay in no `Keep`."""
+        return all(keep.atoms[atoms].all() for atoms in self.axes.values())
 
     def shrink(self, kept: np.ndarray) -> None:
         """Forget the classes that are not kept (classes,) bool: the model has lost them."""

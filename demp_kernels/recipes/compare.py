@@ -268,7 +268,8 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
     except OSError as error:
         raise RecipeError(f"out cannot be made: {settings.out}: {error.strerror}") from error
     # what a run depends on; methods, seeds and levels may be added later
-    facts = {name: value for name, value in settings.as_json().items() if name not in (*FREE, "seed", "peak_penalty", "baseline")}
+    free = {*FREE, "seed", "peak_penalty", "baseline"} - ({"data_dir"} if settings.data == "folder" else set())
+    facts = {name: value for name, value in settings.as_json().items() if name not in free}
     facts |= {"torch_threads": torch.get_num_threads(), "dense_lr": comparison.dense_lr}
     facts = json.loads(json.dumps(facts))
     file = settings.out / SETTINGS_FILE

@@ -65,7 +65,7 @@ def write(out: Path, settings: TrainSettings, runs: list[Run], facts: dict[str, 
 
 
 def _subtitle(settings: TrainSettings, runs: list[Run]) -> str:
-    machines = "; ".join(dict.fromkeys(run.machine for run in runs))
+    machines = "; ".join(dict.fromkeys(run.machine or "An unknown machine" for run in runs))
     return f"{settings.epochs} epochs, batch {settings.batch_size}, means over seeds with one standard deviation. {machines}."
 
 

@@ -242,6 +242,7 @@ class Training:
             result = RunResult(**saved["result"])
             if (result.name, result.total_steps) != (self.result.name, self.result.total_steps):
                 raise CheckpointError(f"{path} is of a run {result.name} of {result.total_steps} steps")
+            result.steps_per_epoch = self.result.steps_per_epoch
             self.result = result
             self.clock.seconds = saved["seconds"].tolist()
             tasks = saved["tasks"].to(self.device)

@@ -5,7 +5,8 @@
                      the same norm
 
 Both remove the channels that are lowest over all layers until the network has the parameter sparsity asked for, in rounds of a
-hundredth of the channels; a layer keeps at least a twentieth. Torch-Pruning makes new parameters and knows no optimiser: the
+hundredth of the channels; a layer keeps at least a twentieth. Widths are not rounded: Torch-Pruning's `round_to` rounds down, and
+would take channels that are not the lowest. Torch-Pruning makes new parameters and knows no optimiser: the
 moments of those start anew.
 
 Source: Fang et al., DepGraph, arXiv 2301.12900; torch-pruning 1.6.
@@ -55,7 +56,7 @@ class TorchPruning:
         self._channels_last = _is_channels_last(self._model)
         self._prune_at = max(1, int(OUTSIDE[self.name] * plan.total_steps))
         self._steps, self._regularising = 0, self.name == "tp-group-lasso"
-        self._pruner = self._make_pruner(self._model, plan.settings.round_to)
+        self._pruner = self._make_pruner(self._model)
         if self._regularising:
             self._pruner.update_regularizer()
 
@@ -86,7 +87,7 @@ class TorchPruning:
     def state(self) -> dict[str, float]:
         return {}
 
-    def _make_pruner(self, model: nn.Module, round_to: int) -> Any:
+    def _make_pruner(self, model: nn.Module) -> Any:
         package = self._package
         kind = package.pruner.GroupNormPruner if self._regularising else package.pruner.BasePruner
         head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
@@ -95,7 +96,7 @@ class TorchPruning:
             warnings.simplefilter("ignore")  # it warns of parameters that no module of its own holds; they stay as they are
             return kind(
                 model, self._example.to(device), importance=package.importance.GroupMagnitudeImportance(p=2), global_pruning=True,
-                pruning_ratio=1.0, max_pruning_ratio=MOST, iterative_steps=ROUNDS, ignored_layers=head, round_to=round_to,
+                pruning_ratio=1.0, max_pruning_ratio=MOST, iterative_steps=ROUNDS, ignored_layers=head,
             )
 
 

@@ -392,7 +392,7 @@ class DemP:
         if self._weighing is None or left <= 0:
             return None
         keep = self.graph.keep(dead, round_to=self._width_step(), min_units=self.min_units)
-        if keep.atoms.all():
+        if self.graph.is_whole(keep):
             return None
         payoff = self._weighing.weigh(keep, self._steps_done, left)
         self._decisions.append(payoff)

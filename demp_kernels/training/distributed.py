@@ -149,7 +149,7 @@ def _rebuild_data_parallel(model: nn.Module) -> None:
         **{name: getattr(model, name) for name in NEWER_ARGUMENTS if hasattr(model, name)},
     }
     if caps := getattr(model, "bucket_bytes_cap_list", None):
-        arguments["bucket_cap_mb_list"] = [cap // (1024 * 1024) for cap in caps]
+        arguments["bucket_cap_mb_list"] = [cap / (1024 * 1024) for cap in caps]
     training, module, communication = model.training, model.module, list(model._comm_hooks)
     hooks = {name: value for name, value in vars(model).items() if name in MODULE_HOOKS}
     del model.reducer

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from ..arguments import at_least
 from ..compaction import CompactionReport, compact
 from ..graph import UnitGraph
 from .liveness import activations_of, window_dead
@@ -58,15 +59,17 @@ def compact_sharded(
         graph: of `plain`; it follows.
         dead: by default the units that were not active on any rank since the counters were reset.
 
-    Raises CompactionError if the model or the optimiser's state cannot be shrunk, ValueError for a graph of another model.
+    Raises CompactionError if the model or the optimiser's state cannot be shrunk, ValueError for a graph of another model
+    and, as TypeError, for wrong arguments.
     """
+    round_to, min_units = at_least("round_to", round_to, 1, int), at_least("min_units", min_units, 1, int)
     if dead is None:
         if not graph.calls_of(model):
             raise ValueError("graph must be that of plain: it has none of the activations of model")
         dead = window_dead(model, graph)
         for module in activations_of(model).values():
             module.reset_counts()  # a window ends with its decision, whatever it is
-    if graph.keep(dead, round_to=round_to, min_units=min_units).atoms.all():
+    if graph.is_whole(graph.keep(dead, round_to=round_to, min_units=min_units)):
         # without the gathering, which takes time and the memory of a whole model on each rank
         return model, optimizer, compact(plain, dead=dead, graph=graph, round_to=round_to, min_units=min_units)
     state = get_optimizer_state_dict(model, optimizer, options=WHOLE)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from ..compaction.saved import saved_keep
 from ..compaction.state_checks import entry
 from .checkpoint_file import CheckpointError, read_file, write_file
 from .controller import DemP
-from .distributed import refit_wrappers, unwrap
+from .distributed import from_first_rank, refit_wrappers, unwrap
 
 __all__ = ["load_sharded", "save_sharded"]
 
@@ -44,9 +45,7 @@ def save_sharded(
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     weights, moments = get_state_dict(unwrap(model), as_optimizers(optimizer))
-    if _rank() == 0:
-        (Path(folder) / WIDTHS).unlink(missing_ok=True)  # of an earlier save: until the new one is whole, this is no checkpoint
-    _wait()
+    _give_up(Path(folder) / WIDTHS, next(model.parameters()).device)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
     demp.pool_counters()
     if _rank() == 0:
@@ -83,6 +82,18 @@ def load_sharded(
     set_state_dict(inner, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     demp.load_state_dict(content["demp"])
     return entry(content, "extra", dict)
+
+
+def _give_up(path: Path, device: torch.device) -> None:
+    """Remove the file of an earlier save: until the new one is whole, the folder is no checkpoint. Raises OSError on all ranks."""
+    failed: OSError | None = None
+    if _rank() == 0:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            failed = error
+    if from_first_rank(torch.tensor([failed is not None], dtype=torch.uint8, device=device)).item():
+        raise failed or OSError(f"save_sharded: rank 0 cannot write into {path.parent}")
 
 
 def _rank() -> int:

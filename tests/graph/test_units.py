@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import demp_kernels as dk
 from demp_kernels import DemPReLU, SelectiveAdd, UnitGraph
 from demp_kernels.graph import AnalysisError
+from demp_kernels.compaction import compact
 from demp_kernels.graph.atoms import Atoms, connected
 
 X = torch.empty(2, 3, 8, 8, device="meta")
@@ -32,6 +33,15 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward(self, x)
+
+
+def test_what_went_before_is_not_missed() -> None:
+    """Nothing to remove is nothing to plan, weigh or gather, at the first look and behind a removal."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    graph = UnitGraph.trace(model, torch.empty(2, 4, device="meta"))
+    assert graph.is_whole(graph.keep({}))
+    compact(model, dead={"1": torch.arange(6) < 2}, graph=graph)
+    assert graph.is_whole(graph.keep({})) and not graph.is_whole(graph.keep({"1": torch.arange(4) < 1}))
 
 
 def test_chain_takes_blocks_of_the_flattened_layer() -> None:

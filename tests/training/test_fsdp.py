@@ -19,6 +19,7 @@ import demp_kernels as dk
 SCRIPT = """
 import gc, copy, sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 import demp_kernels as dk
+import demp_kernels.training.fsdp as fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -60,8 +61,10 @@ for step in range(12):
     expected.append(reference.item())
     if step == 5:
         nothing = {"5": torch.zeros(graph.units["5"], dtype=torch.bool)}
+        gathering, fsdp.get_optimizer_state_dict = fsdp.get_optimizer_state_dict, None  # calling it would fail
         same, same_optimizer, report = dk.compact_sharded(model, optimizer, plain, build, graph=graph, dead=nothing)
         assert same is model and same_optimizer is optimizer and not report.changed
+        fsdp.get_optimizer_state_dict = gathering
     if step in (3, 7):
         # first what the counters say, then a unit that is taken out although it is alive
         silent = {"5": torch.arange(graph.units["5"]) == 0} if step == 7 else None
@@ -92,6 +95,9 @@ def test_activations_are_found_behind_checkpointing_and_compiled_blocks() -> Non
     found = graph.calls_of(blocks)
     assert {call.module for calls in found.values() for call in calls} == {"1", "2.1"}
     assert all(isinstance(module, dk.DemPReLU) for module in found)
+    # nor where it was the wrapped model that was analysed
+    wrapped = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(6, 8), dk.DemPReLU())), nn.Linear(8, 3))
+    assert len(dk.UnitGraph.trace(wrapped, torch.randn(2, 6)).calls_of(wrapped)) == 1
 
 
 def test_a_graph_of_another_model_is_refused() -> None:
