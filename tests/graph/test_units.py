@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import demp_kernels as dk
 from demp_kernels import DemPReLU, SelectiveAdd, UnitGraph
-from demp_kernels.graph import AnalysisError
 from demp_kernels.compaction import compact
+from demp_kernels.graph import AnalysisError
 from demp_kernels.graph.atoms import Atoms, connected
 
 X = torch.empty(2, 3, 8, 8, device="meta")
