@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..strided import avoid_broken_kernel
 from ..training.distributed import unwrap
 from .errors import RecipeError, need
 from .methods import Plan
@@ -77,6 +78,8 @@ class TorchPruning:
             self._pruner.step()
         if self._channels_last:  # what it cut lies in NCHW
             self._model.to(memory_format=torch.channels_last)
+        for module in self._model.modules():
+            avoid_broken_kernel(module)  # in channels_last a run at width 16 hung behind the cut
         _adopt(self._optimizer, before, dict(self._model.named_parameters()))
         self._regularising = False
         return True
