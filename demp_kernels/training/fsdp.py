@@ -59,8 +59,7 @@ def compact_sharded(
         graph: of `plain`; it follows.
         dead: by default the units that were not active on any rank since the counters were reset.
 
-    Raises CompactionError if the model or the optimiser's state cannot be shrunk, ValueError for a graph of another model
-    and, as TypeError, for wrong arguments.
+    Raises CompactionError if the model or the optimiser's state cannot be shrunk; ValueError or TypeError for wrong arguments.
     """
     round_to, min_units = at_least("round_to", round_to, 1, int), at_least("min_units", min_units, 1, int)
     if dead is None:

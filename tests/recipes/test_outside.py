@@ -11,7 +11,10 @@ from torch import nn
 
 from demp_kernels.cli import main
 from demp_kernels.recipes.errors import RecipeError
+from demp_kernels.recipes.loop import Training, read_data
 from demp_kernels.recipes.outside import OUTSIDE, TorchPruning, _adopt
+from demp_kernels.recipes.settings import TrainSettings
+from demp_kernels.strided import SubsampledConv2d
 
 SMALL = [
     "compare", "--model", "resnet18", "--width", "8", "--train-size", "160", "--batch-size", "32", "--epochs", "4", "--image-size", "8",
@@ -30,6 +33,20 @@ def test_both_reach_the_sparsity_and_go_on_training(tmp_path: Path) -> None:
         # a quarter, or half of the run was dense
         assert 0.3 < int(runs[name]["train_flops"]) / int(runs["dense"]["train_flops"]) < 0.95
     assert "Torch-Pruning, magnitude" in (tmp_path / "table.md").read_text()
+
+
+def test_what_it_cut_is_in_the_layout_of_the_run_and_clear_of_the_broken_kernel() -> None:
+    """In channels_last a run went on for ever in oneDNN's kernel for strided 1x1 convolutions of few inputs."""
+    pytest.importorskip("torch_pruning")
+    settings = TrainSettings(width=8, image_size=8, train_size=160, batch_size=32, epochs=1, lr=0.01, threads=1).resolved()
+    training = Training(settings, TorchPruning("tp-magnitude", 0.5), read_data(settings), [])
+    before = sum(p.numel() for p in training.model.parameters())
+    training.run()
+    assert sum(p.numel() for p in training.model.parameters()) <= 0.5 * before
+    convolutions = [m for m in training.model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
+    narrow = [m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 16]
+    assert len(narrow) > 1 and all(isinstance(m, SubsampledConv2d) for m in narrow)
 
 
 def test_the_optimiser_has_the_parameters_that_took_the_others_place() -> None:
