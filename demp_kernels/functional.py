@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import reference
 from .arguments import require_integer, require_number, require_tensor
 from .ops import activation as _activation
 from .ops import channel_select as _channel_select
@@ -113,8 +114,12 @@ def norm_act(
             residual = residual.contiguous(memory_format=_activation.memory_format(x))
         seed = _seed(seed, x.device) if noise_std > 0 else None
         arguments = (x, weight, bias, residual, activation, slope, eps, noise_std, seed)
-        if _is_traced():
+        if torch.compiler.is_compiling():
             y, active, mean, var, _ = _norm_act.forward(*arguments)
+        elif is_transformed():
+            _norm_act.check_forward(*arguments)
+            y, active, mean, var, _ = reference.norm_act_forward(*arguments)
+            mean, var = mean.detach(), var.detach()
         elif _is_followed(x, weight, bias, residual):
             y, active, mean, var = _norm_act.Forward.apply(*arguments)
         else:
@@ -177,11 +182,15 @@ def _forward(
         if not x.is_contiguous() and not _activation.is_usable(x, channel_dim):
             x = x.contiguous()
         if activation == "relu" and noise_std == 0 and is_tiny(x) and _is_followed(x):
-            active = torch.zeros(x.shape[channel_dim], dtype=torch.int64)
+            active = torch.zeros(x.shape[channel_dim], dtype=torch.int64, device=x.device)
             return relu_into(x, channel_dim, active, None), active
         seed = _seed(seed, x.device) if noise_std > 0 else None
-        if _is_traced():
+        if torch.compiler.is_compiling():
             y, active, _ = _activation.forward(x, activation, slope, channel_dim, noise_std, seed)
+            return y, active
+        if is_transformed():
+            _activation.check_forward(x, activation, slope, channel_dim, noise_std, seed)
+            y, active, _ = reference.activation_forward(x, activation, slope, channel_dim, noise_std, seed)
             return y, active
         if not _is_followed(x):
             with torch._C._AutoDispatchBelowAutograd():
@@ -212,9 +221,10 @@ def _forward_(
 ) -> tuple[Tensor, Tensor]:
     try:
         followed = x.requires_grad and torch.is_grad_enabled()
-        if _is_traced() or (x._is_view() and followed) or not (x.is_contiguous() or _activation.is_usable(x, channel_dim)):
-            # The compiler plans memory itself; autograd lets no function with two outputs write over a view; strided x
-            # has no kernel. Each way x ends up holding y.
+        usable = x.is_contiguous() or _activation.is_usable(x, channel_dim)
+        if _is_traced() or (followed and (x._is_view() or x.is_leaf)) or not usable:
+            # The compiler plans memory itself; autograd lets no function with two outputs write over a view, and refuses
+            # a leaf only when it is overwritten; strided x has no kernel. Each way x ends up holding y.
             y, active = _forward(x, activation, slope, channel_dim, noise_std, seed)
             return x.copy_(y), active
         seed = _seed(seed, x.device) if noise_std > 0 else None
@@ -256,8 +266,14 @@ def _checked_seed(op: str, seed: int | Tensor | None, x: Tensor) -> Tensor | Non
 
 
 def _is_traced() -> bool:
-    """torch.compile, torch.export or torch.func is at work: they want the op itself."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """torch.compile, torch.export or torch.func is at work."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
+def is_transformed() -> bool:
+    """The call is inside grad, vmap or another transform of torch.func, which look into the reference: they take no autograd
+    function of a custom op (pytorch/pytorch#168393)."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _is_followed(*tensors: Tensor | None) -> bool:

@@ -2,12 +2,14 @@
 
 A *unit* is one channel of one activation's output. In training mode every activation here counts, in the pass that
 computes it, how many elements of each unit were active; a unit whose count stays zero is dead. In evaluation mode the
-modules are their plain PyTorch counterparts: nothing is counted and no noise is added.
+modules are their plain PyTorch counterparts: nothing is counted and no noise is added. Nothing is counted inside a transform
+of torch.func either, whose functions may write to nothing outside.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,6 +62,14 @@ class DemPActivation(nn.Module):
             self.active, self.seen = fn(self.active), fn(self.seen)
         return self
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        if self.training:
+            raise RuntimeError(
+                f"{type(self).__name__} counts for one process on one device, and nn.DataParallel throws its replicas' counts away: "
+                "train with DistributedDataParallel"
+            )
+        return super()._replicate_for_data_parallel()
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self._plain(x)
@@ -75,8 +85,11 @@ class DemPActivation(nn.Module):
 
     def count(self, active: Tensor, elements: int) -> None:
         """Add `active` (C,) int64 of `elements` elements a unit to the counters; called by `forward`."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return  # a forward inside a backward pass is activation checkpointing's recomputation: it was counted before
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() != -1:
+                return  # a forward inside a backward pass is activation checkpointing's recomputation: it was counted before
+            if functional.is_transformed():
+                return
         mine, seen = self._counters(active.numel(), active.device)
         mine.add_(active)
         seen.add_(elements)
@@ -95,8 +108,10 @@ class DemPActivation(nn.Module):
 
     def allocate(self, channels: int, device: torch.device | str | None = None) -> None:
         """Create zeroed counters for `channels` units, replacing those there are."""
-        self.active = torch.zeros(channels, dtype=torch.int64, device=device)
-        self.seen = torch.zeros((), dtype=torch.int64, device=device)
+        # a first forward in inference mode would else leave tensors that no training step may write to
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self.active = torch.zeros(channels, dtype=torch.int64, device=device)
+            self.seen = torch.zeros((), dtype=torch.int64, device=device)
         self.mixed = False
 
     def reset_counts(self) -> None:
@@ -155,8 +170,7 @@ class DemPReLU(DemPActivation):
         return F.relu(x, inplace=self.inplace)
 
     def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # Inductor plans memory itself: under torch.compile the functional form loses nothing.
-        if self.inplace and not torch.compiler.is_compiling():
+        if self.inplace:
             return functional.relu_(x, self.channel_dim, self.noise_std)
         return functional.relu(x, self.channel_dim, self.noise_std)
 
@@ -182,7 +196,7 @@ class DemPLeakyReLU(DemPActivation):
 
     def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # The sign of the output tells that of the input only for a positive slope.
-        if self.inplace and self.negative_slope > 0 and not torch.compiler.is_compiling():
+        if self.inplace and self.negative_slope > 0:
             return functional.leaky_relu_(x, self.negative_slope, self.channel_dim, self.noise_std)
         return functional.leaky_relu(x, self.negative_slope, self.channel_dim, self.noise_std)
 
@@ -229,26 +243,32 @@ class SelectiveAdd(nn.Module):
     While both carry the same channels it is the plain addition. Once the skip b carries other channels than the
     output, `set_selection` gives the map: out[:, c] = a[:, c] + (b[:, index[c]] if index[c] >= 0 else 0). A channel
     that b lost was dead at its source, so adding zero is exact. No parameter, and nothing in the `state_dict` until
-    channels are removed (`keep_channels`): then `channels` is in it.
+    channels are removed (`keep_channels`): then `channels` is in it. The three tensors are no buffers, of which averages
+    are taken (`AveragedModel(use_buffers=True)`), in floating point.
 
     Args:
         channel_dim: dimension of the channels.
         inplace: write the sum into a. Only right where no backward pass needs a.
     """
 
-    index: Tensor | None
-    inverse: Tensor | None
-    channels: Tensor | None
+    index: Tensor | None = None
+    inverse: Tensor | None = None
+    channels: Tensor | None = None
     """(channels at first,) uint8: 1 where the sum still has the channel, plus 2 where the skip has it; None: nothing was
-    removed. A buffer, from which `shrink_to` and `load_state_dict` know the selection."""
+    removed. From it `shrink_to` and `load_state_dict` know the selection."""
 
     def __init__(self, channel_dim: int = 1, inplace: bool = False) -> None:
         super().__init__()
         self.channel_dim = int(channel_dim)
         self.inplace = inplace
-        self.register_buffer("index", None, persistent=False)
-        self.register_buffer("inverse", None, persistent=False)
-        self.register_buffer("channels", None)
+        self.index = self.inverse = self.channels = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelectiveAdd:
+        super()._apply(fn, recurse)
+        for name in ("index", "inverse", "channels"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, fn(tensor))
+        return self
 
     def set_selection(self, index: Tensor | None, skip_channels: int = 0) -> None:
         """Set where each output channel is found in the skip.
@@ -296,10 +316,30 @@ class SelectiveAdd(nn.Module):
         plain = torch.equal(index, torch.arange(count, device=index.device))
         self.set_selection(None if plain else index, count)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.channels is not None and f"{prefix}channels" in state_dict:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.channels is not None:
+            destination[f"{prefix}channels"] = self.channels
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if self.channels is None:
+            return
+        key = f"{prefix}channels"
+        found = state_dict.get(key)
+        if found is None:
+            missing_keys.append(key)
+        elif not isinstance(found, Tensor) or found.shape != self.channels.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            error_msgs.append(f"size mismatch for {key}: must be of shape {tuple(self.channels.shape)}, got {got}")
+        else:
+            self.channels = found.detach().to(self.channels, copy=True)
             self._select(self.channels)
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if self.index is not None and self.inverse is not None:

@@ -169,6 +169,50 @@ dist.destroy_process_group()
 """
 
 
+# PowerSGD keeps an error for each bucket of gradients, in the bucket's length. And a wrapper over some of the ranks is refused.
+COMPRESSED_SCRIPT = """
+import gc, sys, torch, torch.distributed as dist, torch.nn as nn
+import demp_kernels as dk
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+rank, world = int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.{world}.store", rank=rank, world_size=world)
+torch.set_num_threads(1)
+torch.manual_seed(0)
+inner = dk.prepare(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(2, 16))
+model = DistributedDataParallel(inner)
+state = PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1)
+model.register_comm_hook(state, powerSGD_hook)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+demp = dk.DemP(model, optimizer, total_steps=12, prune_every=4, peak_penalty=0.0, peak_noise=0.0, seed=1)
+kept = []
+for step in range(12):
+    if step == 4:
+        with torch.no_grad():
+            inner.get_submodule("0").bias[:9] = -50
+    model(torch.randn(8, 16)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    kept.append(len(state.error_dict))
+    demp.step()
+refused = ""
+some = dist.new_group([0]) if world > 1 else None
+if some is not None and rank == 0:
+    part = DistributedDataParallel(dk.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)), process_group=some)
+    try:
+        dk.DemP(part, torch.optim.SGD(part.parameters(), lr=0.1), total_steps=4)
+    except ValueError as error:
+        refused = str(error)
+    del part
+weights = torch.cat([p.detach().flatten() for p in inner.parameters()])
+torch.save({"live": list(demp.live_units.values()), "kept": kept, "weights": weights, "refused": refused}, f"{sys.argv[1]}.{world}.{rank}.pt")
+del model, demp, optimizer, state
+gc.collect()
+dist.destroy_process_group()
+"""
+
+
 def run(text: str, folder: Path) -> tuple[dict[str, object], dict[str, object], dict[str, object]]:
     """What one process saved, and each of two ranks. All go on at once: most of their time is importing torch. They meet at
     a file, because two runs of torchrun side by side can be given the same port."""
@@ -213,3 +257,12 @@ def test_a_checkpoint_of_rank_0_holds_what_all_ranks_have_counted(tmp_path: Path
     assert one["live"] == first["live"] == second["live"] == [[3], [2], [2]]
     assert first["counted"] == [4, 2, 0] and second["counted"] == [0, 0, 0] and one["counted"] == [2, 2, 0]
     assert one["calls"] == first["calls"] == 808  # hooks on the wrapper outlive the removals
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_compressed_gradients_begin_anew_behind_a_removal(tmp_path: Path) -> None:
+    _, first, second = run(COMPRESSED_SCRIPT, tmp_path)
+    assert first["live"] == second["live"] and first["live"][0] <= 55
+    assert first["kept"][-1] > 0, "nothing was compressed, so nothing was tried"
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["refused"] == "model must be in DistributedDataParallel over all 2 ranks, got a process_group of 1"

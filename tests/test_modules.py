@@ -76,9 +76,72 @@ def test_inplace_overwrites_its_input() -> None:
     assert y.data_ptr() == x.data_ptr() and (x >= 0).all()
 
 
-def test_inplace_refuses_a_leaf_that_requires_grad() -> None:
+@pytest.mark.parametrize("module", [dk.DemPReLU(inplace=True), dk.DemPLeakyReLU(inplace=True)], ids=repr)
+def test_inplace_refuses_a_leaf_that_requires_grad(module: nn.Module) -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    before = x.detach().clone()
     with pytest.raises(RuntimeError, match="leaf"):
-        dk.DemPReLU(inplace=True)(torch.randn(2, 3, requires_grad=True))
+        module(x)
+    assert torch.equal(x, before)  # refused before it was overwritten
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("module", [dk.DemPReLU(inplace=True), dk.DemPLeakyReLU(0.5, inplace=True)], ids=repr)
+def test_who_reads_the_input_later_reads_what_inplace_wrote(module: nn.Module, compiled: bool) -> None:
+    def net(x: torch.Tensor) -> torch.Tensor:
+        z = x * 1.0
+        y = module(z)
+        return y + 2 * z
+
+    torch.compiler.reset()
+    x = torch.randn(64, 16)
+    plain = nn.ReLU() if isinstance(module, dk.DemPReLU) else nn.LeakyReLU(0.5)
+    torch.testing.assert_close((torch.compile(net, backend="aot_eager") if compiled else net)(x), 3 * plain(x))
+
+
+@pytest.mark.parametrize("counting", [dk.DemPReLU(), dk.DemPLeakyReLU(0.1), dk.DemPGELU(), dk.DemPSiLU()], ids=repr)
+def test_what_plain_activations_leave_to_be_overwritten_may_be(counting: nn.Module) -> None:
+    """PyTorch keeps relu's output for backward, and the inputs of the others."""
+    plain = {dk.DemPReLU: nn.ReLU(), dk.DemPLeakyReLU: nn.LeakyReLU(0.1), dk.DemPGELU: nn.GELU(), dk.DemPSiLU: nn.SiLU()}[type(counting)]
+    gradients = []
+    for act in (counting, plain):
+        leaf = torch.linspace(-2, 2, 96).view(8, 12).requires_grad_()
+        x = leaf * 1.0
+        y = act(x)
+        if isinstance(plain, nn.ReLU):
+            x.mul_(3.0)
+        else:
+            y += 1.0
+        (y * y).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-6, atol=1e-6)
+
+
+def test_a_first_forward_in_inference_mode_does_not_keep_training_from_counting() -> None:
+    module, x = dk.DemPReLU(), torch.randn(4, 3)
+    with torch.inference_mode():
+        module(x)
+    module(x)
+    assert torch.equal(module.active, 2 * (x > 0).sum(0)) and module.seen == 8
+    module.reset_counts()
+    assert not module.active.any()
+
+
+def test_counters_are_on_the_inputs_device_whatever_the_default_is() -> None:
+    module, x = dk.DemPReLU(), torch.randn(4, 3, requires_grad=True)
+    with torch.device("meta"):
+        y, active = dk.functional.relu(x)
+        module(x)
+    assert torch.equal(active, (x > 0).sum(0)) and torch.equal(y, x.relu())
+    assert torch.equal(module.active, active)
+
+
+def test_data_parallel_in_one_process_is_refused_in_training() -> None:
+    """Its replicas are thrown away, and their counts with them."""
+    module = dk.DemPReLU()
+    with pytest.raises(RuntimeError, match=r"train with DistributedDataParallel"):
+        module._replicate_for_data_parallel()
+    assert not module.eval()._replicate_for_data_parallel().training
 
 
 def test_noise_in_training_only_and_only_on_active_elements() -> None:

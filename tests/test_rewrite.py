@@ -227,3 +227,25 @@ def test_prepare_names_a_functional_activation_whose_module_is_gone() -> None:
     assert names == ["1.relu"]
     x = torch.randn(4, 3)
     assert torch.equal(prepared(x), model(x))
+
+
+class Skip(nn.Module):
+    """Keeps a feature map, then activates it in place: the skip carries what was written over it."""
+
+    def __init__(self, act: nn.Module | None) -> None:
+        super().__init__()
+        self.conv, self.act, self.mix, self.out = nn.Conv2d(3, 4, 1), act, nn.Conv2d(4, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        c = self.conv(x)
+        skips = [c]
+        y = F.silu(c, inplace=True) if self.act is None else self.act(c)
+        return self.out(torch.cat([skips[0], self.mix(y)], 1))
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(inplace=True), nn.ReLU(inplace=True), None], ids=repr)
+def test_prepare_keeps_what_in_place_means_to_others(act: nn.Module | None) -> None:
+    model, x = Skip(act), torch.randn(2, 3, 5, 5)
+    prepared = dk.prepare(model, x)
+    for mode in (True, False):
+        torch.testing.assert_close(prepared.train(mode)(x), model.train(mode)(x))

@@ -89,6 +89,23 @@ def test_a_run_meets_its_budget(what: str, normalised: bool) -> None:
     assert (model(F.one_hot(y, 6).float()).argmax(1) == y).all()  # and has learnt what there is to learn
 
 
+def test_a_cost_of_layers_whose_weight_is_computed() -> None:
+    net = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 4, 1))
+    )
+    assert flops_cost(net, (torch.empty(1, 3, 6, 6, device="meta"),))({}) == 16 * (8 * 27 + 4 * 8)
+
+
+def test_what_no_optimiser_trains_is_neither_pushed_nor_noisy() -> None:
+    model = small()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    head = [p for name, p in model.named_parameters() if name.startswith("5.")]
+    steering = dk.Steering(target_flops=0.5, start=0.0, until=0.1)
+    run(model, 10, torch.optim.SGD(head, lr=0.0), total_steps=100, prune_every=1000, peak_noise=0.1, steering=steering)
+    for name, p in model.named_parameters():
+        assert torch.equal(p.detach(), before[name]) != name.startswith("5."), name
+
+
 def test_only_the_chosen_units_are_pushed() -> None:
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -229,7 +229,7 @@ def _front(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     as it, but what lies behind has no pages."""
     if tensor.device.type != "cpu":
         return tensor.detach().as_strided(tuple(shape), _strides(tensor, shape))
-    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    whole = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
     front = whole.numpy()[: math.prod(shape) * tensor.element_size()]
     return torch.from_numpy(front).view(tensor.dtype).as_strided(tuple(shape), _strides(tensor, shape))
 

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..arguments import require_module, require_not_negative
 from ..graph import AnalysisError, UnitGraph, remembered_inputs
 from ..graph.reasons import explain
-from ..modules import DemPActivation
+from ..modules import DemPActivation, SelectiveAdd
 from .batches import as_batches
 from .fold import Folding
 from .optimizer import as_optimizers
@@ -177,8 +177,9 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_followers(model: nn.Module, followers: Sequence[nn.Module]) -> None:
-    """Raises ValueError if one of `as_followers` has not the parameters that the model has."""
+    """Raises ValueError if one of `as_followers` has not the parameters and additions that the model has."""
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    additions = {name for name, module in model.named_modules() if isinstance(module, SelectiveAdd)}
     for number, follower in enumerate(followers):
         found = {name: p.shape for name, p in follower.named_parameters(remove_duplicate=False)}
         for name in shapes:
@@ -187,6 +188,10 @@ def check_followers(model: nn.Module, followers: Sequence[nn.Module]) -> None:
                     f"followers[{number}] must be a copy of the model: {name} is {tuple(shapes[name])} in the model, "
                     f"{tuple(found[name]) if name in found else 'missing'} in it"
                 )
+        if missing := additions - {name for name, module in follower.named_modules() if isinstance(module, SelectiveAdd)}:
+            raise ValueError(
+                f"followers[{number}] must be a copy of the model: it has no {min(missing)}; copy the model that prepare() returned"
+            )
 
 
 def _checked(model: nn.Module) -> nn.Module:

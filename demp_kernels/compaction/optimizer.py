@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .plan import CompactionError, Cut
 
-__all__ = ["StateCut", "as_optimizers", "plan_states"]
+__all__ = ["StateCut", "as_optimizers", "parameters_of", "plan_states"]
 
 
 @dataclass
@@ -39,6 +39,11 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Opt
     return found
 
 
+def parameters_of(optimizers: Iterable[Optimizer]) -> set[int]:
+    """The ids of the parameters that some optimisers train."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
 def plan_states(optimizers: Iterable[Optimizer], cuts: Iterable[Cut]) -> list[StateCut]:
     """The state tensors to cut. Step counts and other scalars stay as they are.
 
@@ -47,8 +52,10 @@ def plan_states(optimizers: Iterable[Optimizer], cuts: Iterable[Cut]) -> list[St
     """
     by_parameter = {id(cut.tensor): cut for cut in cuts}
     states: list[StateCut] = []
-    for optimizer in optimizers:
+    for optimizer in _with_inner(optimizers):
         kind = type(optimizer).__name__
+        if by_parameter and getattr(optimizer, "parameters_as_bucket_view", False):
+            raise CompactionError(f"{kind} with parameters_as_bucket_view=True holds the memory of the parameters: it must be False")
         for group in optimizer.param_groups:
             for key, value in group.items():
                 if key != "params" and _has_tensor(value) and by_parameter:
@@ -69,6 +76,18 @@ def plan_states(optimizers: Iterable[Optimizer], cuts: Iterable[Cut]) -> list[St
                         f"parameter's shape to follow it, got {got}"
                     )
     return states
+
+
+def _with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """Optimisers, and those that they keep inside (SAM, Lookahead, torch's ZeroRedundancyOptimizer), each state once."""
+    found: dict[int, Optimizer] = {}
+    pending = list(optimizers)
+    while pending:
+        one = pending.pop(0)
+        if id(one.state) not in found:
+            found[id(one.state)] = one
+        pending += [inner for inner in vars(one).values() if isinstance(inner, Optimizer) and id(inner.state) not in found]
+    return list(found.values())
 
 
 def _has_tensor(value: Any) -> bool:

@@ -68,7 +68,8 @@ class Plan:
     shifts: list[Shift] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
     counters: list[tuple[DemPActivation, Tensor | None]] = field(default_factory=list)
-    """Kept units of each counting activation; None: its calls keep different units, so the counters start anew."""
+    """Kept units of each counting activation; None: the counters start anew, as its calls keep different units or the last of
+    them, which was not analysed, had another number."""
     modules: list[nn.Module] = field(default_factory=list)
     """All modules of the models: what does not shrink can be too narrow for a kernel all the same."""
 
@@ -214,7 +215,8 @@ def _counters(
             kept.setdefault(module, []).append(keep.atoms[a.atoms])
     counters: list[tuple[DemPActivation, Tensor | None]] = []
     for module, masks in kept.items():
-        same = all(np.array_equal(mask, masks[0]) for mask in masks[1:])
+        fit = all(np.array_equal(mask, masks[0]) for mask in masks[1:])
+        fit = fit and (module.active is None or module.active.numel() == masks[0].size)
         if not all(mask.all() for mask in masks):
-            counters.append((module, torch.from_numpy(np.nonzero(masks[0])[0]) if same else None))
+            counters.append((module, torch.from_numpy(np.nonzero(masks[0])[0]) if fit else None))
     return counters

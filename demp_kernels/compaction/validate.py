@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
-from ..graph.capture import evaluation_mode, quiet_fake_tensors
+from ..graph.capture import evaluation_mode, quiet_fake_tensors, same_attributes
 from ..graph.trial import fake_inputs, with_widths
 from ..graph.units import UnitGraph
 from .plan import CompactionError, Plan
@@ -26,7 +26,10 @@ def validate(model: nn.Module, graph: UnitGraph, plan: Plan) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     rng = torch.get_rng_state()
     try:
-        with quiet_fake_tensors(), evaluation_mode(model), with_widths(model, graph.widths(model, plan.keep.atoms), mode):
+        with (
+            quiet_fake_tensors(), same_attributes(model), evaluation_mode(model),
+            with_widths(model, graph.widths(model, plan.keep.atoms), mode),
+        ):
             inputs = fake_inputs(model, graph.inputs, mode)
             with mode, torch.no_grad():
                 output = model(*inputs)

@@ -205,6 +205,10 @@ class Builder:
             atoms = self.axis_atoms(parameter, varying[0])
             value = self.source(parameter.shape, along(atoms, varying[0], len(parameter.shape)))
             self.makes(parameter, value)
+        elif any((parameter.name, dim) in self.axes for dim in varying):
+            for dim in varying:
+                self.align(parameter, dim, np.full(parameter.shape[dim], PINNED), f"parameter {parameter.name} is used in two ways")
+            value = self.plain(parameter.shape)
         else:
             atoms = self.atoms.fresh(*parameter.shape)
             self.blocks[parameter.name] = atoms
@@ -400,8 +404,9 @@ class Builder:
             self.attributes.append((path, name, atoms))
 
     def states(self, path: str, name: str, number: int) -> bool:
-        """Whether the module at `path` has an attribute of that name and number."""
-        return getattr(self._modules.get(path), name, None) == number
+        """Whether the module at `path` has an attribute of that name and number, and of its own: a property follows by itself."""
+        module = self._modules.get(path)
+        return module is not None and vars(module).get(name) == number
 
 
 def _writes(node: fx.Node) -> bool:

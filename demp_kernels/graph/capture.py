@@ -17,7 +17,10 @@ from torch.utils._pytree import tree_map
 
 from .process_wide import without_fast_attention
 
-__all__ = ["PLACE", "AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "module_path", "origin", "quiet_fake_tensors", "source_line"]
+__all__ = [
+    "PLACE", "AnalysisError", "Capture", "as_tuple", "capture", "evaluation_mode", "materialise", "module_path", "origin",
+    "quiet_fake_tensors", "same_attributes", "source_line",
+]
 
 
 TRACING = threading.RLock()
@@ -30,11 +33,16 @@ class AnalysisError(ValueError):
 
 @dataclass
 class Capture:
-    """Nodes of one captured forward, and what its placeholders stand for."""
+    """One captured forward.
+
+    nodes: its graph's. tensors: placeholder name -> name of the parameter or buffer in the model. leaves_only, awake: as it
+        was captured.
+    """
 
     nodes: list[fx.Node]
     tensors: dict[str, str]
-    """Placeholder name -> name of the parameter or buffer in the model."""
+    leaves_only: bool = False
+    awake: Collection[nn.Module] = ()
 
 
 def as_tuple(example_inputs: Any) -> tuple[Any, ...]:
@@ -79,6 +87,36 @@ def evaluation_mode(
 
 
 @contextmanager
+def same_attributes(model: nn.Module) -> Iterator[None]:
+    """All attributes of all modules come back, the same objects with what lists and dicts held. A forward on fake tensors may
+    leave some behind (a mask that is made at the first call), and torch.export puts copies where lists and dicts were."""
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    containers: dict[int, tuple[Any, Any]] = {}
+    pending: list[Any] = [before for _, before in attributes]
+    while pending:
+        for value in _members(pending.pop()):
+            if isinstance(value, (list, dict)) and id(value) not in containers:
+                containers[id(value)] = value, list(value) if isinstance(value, list) else dict(value)
+                pending.append(value)
+    try:
+        yield
+    finally:
+        for container, before in [*attributes, *containers.values()]:
+            if not _same_members(container, before):  # if they are, another thread that reads it is left alone
+                container.clear()
+                container.extend(before) if isinstance(container, list) else container.update(before)
+
+
+def _members(container: Any) -> Collection[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _same_members(one: Any, other: Any) -> bool:
+    same_keys = not isinstance(one, dict) or list(one) == list(other)
+    return same_keys and len(one) == len(other) and all(a is b for a, b in zip(_members(one), _members(other)))
+
+
+@contextmanager
 def _annotations_of_this_thread() -> Iterator[None]:
     """Other threads go through the functions that dynamo skips (parts of an optimiser's step) as if nothing was exported.
     To torch 2.14 everything is, while one thread exports, and those functions then make notes in one dict of the process:
@@ -110,7 +148,10 @@ def capture(
     """
     rng = torch.get_rng_state()
     try:
-        with TRACING, _annotations_of_this_thread(), evaluation_mode(model, leaves_only=leaves_only, awake=awake):
+        with (
+            TRACING, _annotations_of_this_thread(), same_attributes(model),
+            evaluation_mode(model, leaves_only=leaves_only, awake=awake),
+        ):
             # non-strict: runs the model's own Python, which captures what dynamo would refuse
             program = torch.export.export(model, inputs, strict=False)
     except Exception as error:
@@ -121,7 +162,8 @@ def capture(
     if isinstance(model, fx.GraphModule):
         _remember_places(model, program.graph)
     signature = program.graph_signature
-    return Capture(list(program.graph.nodes), {**signature.inputs_to_parameters, **signature.inputs_to_buffers})
+    tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return Capture(list(program.graph.nodes), tensors, leaves_only, awake)
 
 
 def _remember_places(model: fx.GraphModule, graph: fx.Graph) -> None:

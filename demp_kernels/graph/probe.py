@@ -45,8 +45,8 @@ TAKE_SIZES = {
 class Answer:
     """What the model said.
 
-    wrong: nodes of the first captured graph that do not follow, all of one source line. None: the model fails and it
-        cannot be told where.
+    wrong: nodes of a captured graph that do not follow, all of one source line. None: the model fails and it cannot be told
+        where.
     pins: (parameter or buffer, dimension) -> why its size must stay: a number that some op computes with comes from it.
     complete: whether every size that can change did.
     """
@@ -62,13 +62,17 @@ class Answer:
 
 
 def ask(model: nn.Module, graph: UnitGraph, built: Builder, captures: list[Capture]) -> Answer:
-    """Capture `model` with some of everything removed, and compare."""
+    """Capture `model` with some of everything removed, in evaluation and as it was captured in training, and compare."""
     kept, complete = _some(graph)
     if kept.all():
         return Answer([])
-    first = captures[0]
+    answers = (_ask(model, graph, built, first, kept) for first in captures)
+    return next((answer for answer in answers if not answer.proves), Answer([], complete=complete))
+
+
+def _ask(model: nn.Module, graph: UnitGraph, built: Builder, first: Capture, kept: np.ndarray) -> Answer:
     try:
-        pairs = _pairs(first, _again(model, graph, kept))
+        pairs = _pairs(first, _again(model, graph, first, kept))
     except AnalysisError as error:
         return Answer(_to_blame(model, first, built, error.__cause__))
     if pairs is None:
@@ -78,14 +82,14 @@ def ask(model: nn.Module, graph: UnitGraph, built: Builder, captures: list[Captu
             return Answer(_alike(first, node))
         if not _same_numbers(node, other):
             return Answer([], _sizes_behind(model, graph, first, node, kept))
-    return Answer([], complete=complete)
+    return Answer([])
 
 
-def _again(model: nn.Module, graph: UnitGraph, kept: np.ndarray) -> Capture:
-    """The model captured with the classes `kept` alone."""
+def _again(model: nn.Module, graph: UnitGraph, first: Capture, kept: np.ndarray) -> Capture:
+    """The forward of `first` captured with the classes `kept` alone."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with quiet_fake_tensors(), with_widths(model, graph.widths(model, kept), mode):
-        return capture(model, fake_inputs(model, graph.inputs, mode))
+        return capture(model, fake_inputs(model, graph.inputs, mode), leaves_only=first.leaves_only, awake=first.awake)
 
 
 def _pairs(first: Capture, again: Capture) -> list[tuple[fx.Node, fx.Node]] | None:
@@ -169,7 +173,7 @@ def _sizes_behind(
         for keys in some:
             alone[graph.axes[keys[0]]] = kept[graph.axes[keys[0]]]
         try:
-            pairs = _pairs(first, _again(model, graph, _widened(graph, alone)))
+            pairs = _pairs(first, _again(model, graph, first, _widened(graph, alone)))
         except AnalysisError:
             return False
         return any(old is node and not _same_numbers(old, new) for old, new in pairs or ())

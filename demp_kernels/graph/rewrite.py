@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -57,7 +58,8 @@ def swap_activations(model: nn.Module) -> int:
 
     The channel dimension is taken from the parametrised module defined before the activation: the last dimension after
     nn.Linear or nn.LayerNorm, dimension 1 otherwise. Functional calls (`F.relu`) are not seen, and a module that is
-    called at several places keeps one counter for all of them: `prepare` handles both.
+    called at several places keeps one counter for all of them: `prepare` handles both. An nn.SiLU(inplace=True) no longer writes
+    over its input: if something else reads that behind it, use `prepare`.
 
     Returns: how many modules were swapped (a module that occurs under several names counts once).
     """
@@ -173,6 +175,7 @@ def _plain_module(node: fx.Node) -> nn.Module | None:
 def _replace_activation(model: fx.GraphModule, node: fx.Node) -> None:
     if node.op == "call_module":
         module = model.get_submodule(node.target)
+        in_place = getattr(module, "inplace", False)
         if isinstance(module, DemPActivation):
             if _calls_before(node) == 0:
                 return
@@ -185,6 +188,7 @@ def _replace_activation(model: fx.GraphModule, node: fx.Node) -> None:
         if plain is None or node_shape(node) is None:
             return
         twin = counting_twin(plain.train(model.training), _channel_dim(model, node))
+        in_place = getattr(plain, "inplace", False)
         name = ".".join(filter(None, [_owner(node), type(plain).__name__.lower()]))
     shape = node_shape(node)
     if twin is None or shape is None or len(shape) < 2:
@@ -201,6 +205,10 @@ def _replace_activation(model: fx.GraphModule, node: fx.Node) -> None:
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     model.graph.erase_node(node)
+    if in_place:
+        # who reads the source later reads what was written over it; the twin of SiLU does not write there
+        later = set(itertools.takewhile(lambda n: n is not call, reversed(model.graph.nodes)))
+        source.replace_all_uses_with(call, delete_user_cb=lambda user: user in later)
 
 
 def _calls_before(node: fx.Node) -> int:

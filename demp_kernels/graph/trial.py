@@ -53,8 +53,8 @@ def with_widths(model: nn.Module, widths: Widths, mode: FakeTensorMode) -> Itera
                 index = inverse = None
                 if selection is not None:
                     index, inverse = (torch.empty(n, dtype=torch.int64, device=device) for n in selection)
-                exchange(module._buffers, "index", index)
-                exchange(module._buffers, "inverse", inverse)
+                exchange(vars(module), "index", index)
+                exchange(vars(module), "inverse", inverse)
         for module, attribute, value in widths.attributes:
             exchange(module.__dict__, attribute, value)
         yield

@@ -54,7 +54,9 @@ class DemPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.demp is not None
-        self.demp.penalise_gradients()
+        # the Trainer unscales gradients where it clips them, and nowhere else before the optimiser's step
+        scaler = None if args.max_grad_norm > 0 else getattr(kwargs["optimizer"], "scaler", None)
+        self.demp.penalise_gradients(1.0 if scaler is None else scaler.get_scale())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

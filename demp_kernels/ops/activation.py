@@ -28,8 +28,8 @@ opaque 0.37 and 0.36 (two Zen 4 cores, torch 2.14). `demp bench activation` meas
 With it relu of a tiny tensor on the CPU is torch.relu and a second look at x: where autograd's Python part costs more than the
 work does (`functional.is_tiny`).
 
-The backward pass keeps grad where `not saved <= 0`; `saved` is y for relu (x may be freed or overwritten) and for
-leaky_relu with a positive slope, x for the others.
+The backward pass keeps grad where `not saved <= 0`. Between the passes lies what PyTorch's own activations keep, so that the
+same tensors may be freed or overwritten meanwhile: y for relu and whatever was done in place, x for the others.
 """
 from __future__ import annotations
 
@@ -250,12 +250,12 @@ torch.library.register_fake("demp_kernels::activation_count_", check_count_, lib
 
 
 def _save(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, activation: str, slope: float) -> None:
-    """Keep what backward needs and no more: the bits if there are any, else y where its sign tells, else x."""
+    """Keep what backward needs and no more: the bits if there are any, else y or x (in place both are y)."""
     ctx.set_materialize_grads(False)
     ctx.activation, ctx.slope, ctx.memory_format = activation, slope, memory_format(y)
     if mask.numel():
         ctx.save_for_backward(None, mask)
-    elif activation == "relu" or (activation == "leaky_relu" and slope > 0):
+    elif activation == "relu":
         ctx.save_for_backward(y, mask)
     else:
         ctx.save_for_backward(x, mask)

@@ -1,7 +1,7 @@
 """weight noise: t += std * live[row] * xi over a whole list of tensors, in one call.
 
-    tensors: any shapes and strides, but not expanded; float32, bfloat16, float16 or float64; one device. A row is an index along dim 0
-        (a tensor without dimensions is one row).
+    tensors: any shapes and strides, but not expanded, and no two that share memory (pieces of all are written at once); float32,
+        bfloat16, float16 or float64; one device. A row is an index along dim 0 (a tensor without dimensions is one row).
     live: for every tensor a (rows,) bool tensor or None: rows that get noise.
     seed: (1,) int64 on the tensors' device.
 

@@ -51,7 +51,8 @@ def flops_cost(model: nn.Module, example_inputs: tuple[Any, ...], block: int = 1
     def cost(shapes: Mapping[int, tuple[int, ...]]) -> float:
         total = 0
         for layer, places in positions.items():
-            weight = layer.get_parameter("weight")
+            weight = layer.weight  # of a parametrised layer no parameter, and computed anew each time
+            assert isinstance(weight, Tensor)
             shape = list(shapes.get(id(weight), weight.shape))
             for dim in (0, 1) if getattr(layer, "groups", 1) == 1 else (0,):
                 shape[dim] = -(-shape[dim] // block) * block

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +14,7 @@ from ..arguments import at_least, one_of, require_integer, require_module, requi
 from ..compaction import CompactionReport, compact, recycle
 from ..compaction.batches import Batches, as_batches
 from ..compaction.entry import as_followers, check_followers, width_step
+from ..compaction.optimizer import parameters_of
 from ..compaction.report import Payoff
 from ..compaction.state_checks import entry
 from ..graph import UnitGraph, remembered_inputs
@@ -25,6 +25,7 @@ from .distributed import (
     is_distributed,
     mean_over_ranks,
     refit_wrappers,
+    require_all_ranks,
     sum_counters,
     to_first_rank,
     unwrap,
@@ -35,18 +36,17 @@ from .liveness import (
     calls_by_name,
     check_counters,
     counters_of,
-    not_finite,
     of_calls,
     scan_dead,
-    several_widths,
     window_dead,
 )
 from .noise import noise_on_live
 from .penalty import PENALTY_NORMS, add_penalty_gradient, penalised_parameters, penalty_value
 from .policy import POLICIES, Weighing
-from .report import DemPEvent, DemPReport, check_history, some_of
+from .report import DemPEvent, DemPReport, check_history
 from .schedule import SCHEDULES
 from .steering import Steerer, Steering
+from .trouble import Trouble, warn_of_analysis
 
 __all__ = ["DemP"]
 
@@ -163,6 +163,7 @@ class DemP:
         """Called with the report after every removal."""
 
         require_module("DemP: model", model)
+        require_all_ranks(model)
         self._wrapper, self._model = model, unwrap(model)
         self._optimizers = _optimizers(optimizer)
         if not activations_of(self._model):
@@ -177,13 +178,7 @@ class DemP:
         check_followers(self._model, as_followers(followers))
         self.graph = UnitGraph.trace(self._model, inputs)
         self._calls = calls_by_name(self._model, self.graph)
-        if criterion == "window" and (several := several_widths(self._calls)):
-            path, widths = next(iter(several.items()))
-            warnings.warn(
-                f"{path} is called with {', '.join(map(str, widths))} units, and one counter cannot tell the calls apart: their units "
-                "count as live; prepare(model, example_inputs) gives each call an activation of its own",
-                stacklevel=2,
-            )
+        warn_of_analysis(self.graph, self._calls, counted=criterion == "window")
         self.total_units: dict[str, int] = dict(self.graph.units)
         device = next(self._model.parameters()).device
         if seed is not None:
@@ -195,7 +190,7 @@ class DemP:
         self._weighing = Weighing(self._wrapper, self._optimizers, self.graph, as_tuple(inputs)) if policy == "when_it_pays" else None
         self._decisions: list[Payoff] = []
         self._history: list[DemPEvent] = []
-        self._not_finite: tuple[str, ...] = ()
+        self._trouble = Trouble()
         self._steps_done = 0
 
     # --- the two calls of a training loop ---
@@ -265,7 +260,7 @@ class DemP:
         return dict(self.graph.units)
 
     def report(self) -> DemPReport:
-        return DemPReport(self._steps_done, self.total_steps, self.live_units, self.total_units, list(self._history), self._not_finite,
+        return DemPReport(self._steps_done, self.total_steps, self.live_units, self.total_units, list(self._history), self._trouble.not_finite,
                           list(self._decisions))
 
     # --- state ---
@@ -345,7 +340,9 @@ class DemP:
             raise TypeError(f"steering must be a Steering or None, got {type(steering).__name__}")
         if self.on_dead != "remove":
             raise ValueError(f"steering requires on_dead='remove', got {self.on_dead!r}")
-        return Steerer(steering, self._model, self.graph, as_tuple(inputs), self.total_steps, self._width_step(), self.min_units)
+        return Steerer(
+            steering, self._model, self.graph, self._optimizers, as_tuple(inputs), self.total_steps, self._width_step(), self.min_units
+        )
 
     def _width_step(self) -> int:
         return width_step(self._model) if isinstance(self.round_to, str) else self.round_to
@@ -353,11 +350,11 @@ class DemP:
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
         live = of_calls(self._calls, any_rank(self._liveness.take()))
-        noise_on_live(self._model, live, self.graph.gates, std, self._noise_seed)
+        noise_on_live(self._model, live, self.graph.gates, std, self._noise_seed, parameters_of(self._optimizers))
         self._noise_seed.add_(1)
 
     def _remove_dead(self) -> CompactionReport:
-        self._look_for_nan()
+        self._trouble.look(self._model, self._steps_done, counted=self.criterion == "window")
         if self.criterion == "window":
             dead = window_dead(self._model, self.graph)
         else:
@@ -402,16 +399,6 @@ class DemP:
         if self.fold_batches is None or not any(mask.any() for mask in dead.values()):
             return None
         return as_batches(self.fold_batches, sum_counters)
-
-    def _look_for_nan(self) -> None:
-        """Say it once when a run is broken: a NaN makes all that it reaches count as live, which reads like a run without deaths."""
-        found, before = not_finite(self._model), self._not_finite
-        if found and not before:
-            warnings.warn(
-                f"NaN or infinity in {some_of(found)} after step {self._steps_done}: units that it reaches count as live",
-                RuntimeWarning, stacklevel=4,
-            )
-        self._not_finite = found
 
     def _leave_widths(self, dead: dict[str, Tensor]) -> CompactionReport:
         """Recycle the dead units, or only say how many there are."""

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "any_rank", "every_rank", "forget_compiled", "from_first_rank", "is_compiled", "is_distributed", "largest_over_ranks",
-    "mean_over_ranks", "refit_wrappers", "sum_counters", "to_first_rank", "unwrap",
+    "mean_over_ranks", "refit_wrappers", "require_all_ranks", "sum_counters", "to_first_rank", "unwrap",
 ]
 
 
@@ -24,6 +24,10 @@ MODULE_HOOKS = tuple(name for name in vars(nn.Module()) if "_hook" in name)
 
 NEWER_ARGUMENTS = ("skip_all_reduce_unused_params", "batched_grad_copy")
 """Arguments of DistributedDataParallel, and its attributes, in the newer ones of the supported torch releases."""
+
+
+POWER_SGD = ("error_dict", "p_memory_dict", "q_memory_dict")
+"""What the state of DDP's PowerSGD hook keeps for each bucket, in the bucket's length: begun anew with the new buckets."""
 
 
 def is_distributed() -> bool:
@@ -70,7 +74,7 @@ def sum_counters(counters: list[Tensor]) -> None:
     """Replace each tensor, all of one dtype, by its sum over the ranks. One collective for all of them."""
     if not is_distributed() or not counters:
         return
-    flat = torch.cat([c.flatten() for c in counters])
+    flat = torch.cat([c.flatten().to(counters[0].device) for c in counters])
     dist.all_reduce(flat)
     for counter, total in zip(counters, flat.split([c.numel() for c in counters])):
         counter.copy_(total.view_as(counter))
@@ -92,6 +96,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = cast(nn.Module, model._orig_mod)
         else:
             return model
+
+
+def require_all_ranks(model: nn.Module) -> None:
+    """Raises ValueError for a DistributedDataParallel over some of the ranks only: decisions are taken by all of them."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, DistributedDataParallel) and (some := dist.get_world_size(model.process_group)) != dist.get_world_size():
+        raise ValueError(
+            f"model must be in DistributedDataParallel over all {dist.get_world_size()} ranks, got a process_group of {some}"
+        )
 
 
 def forget_compiled(model: nn.Module) -> None:
@@ -157,13 +170,16 @@ def _rebuild_data_parallel(model: nn.Module) -> None:
     model.training = training
     vars(model).update(hooks)
     for hook, state in communication:
+        for kept in POWER_SGD:
+            getattr(state, kept, {}).clear()
         model.register_comm_hook(state, hook)
 
 
 def _reduce_masks(masks: dict[str, Tensor], operation: Any) -> dict[str, Tensor]:
     if not masks:
         return masks
-    flat = torch.cat(list(masks.values())).to(torch.uint8)
+    first = next(iter(masks.values())).device
+    flat = torch.cat([mask.to(first) for mask in masks.values()]).to(torch.uint8)
     dist.all_reduce(flat, op=operation)
     parts = flat.bool().split([m.numel() for m in masks.values()])
-    return dict(zip(masks, parts))
+    return {name: part.to(masks[name].device) for name, part in zip(masks, parts)}

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,20 @@ def save_sharded(
     there before is given up at once: save into a new folder each time to have one whatever happens.
 
     Called by every rank. The model may be wrapped (DistributedDataParallel): every tensor is written once, by one rank.
+    Raises OSError, on all ranks, if rank 0 cannot write.
     """
     # imported here: not every build of torch has it
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
+    path, device = Path(folder) / WIDTHS, next(model.parameters()).device
     weights, moments = get_state_dict(unwrap(model), as_optimizers(optimizer))
-    _give_up(Path(folder) / WIDTHS, next(model.parameters()).device)
+    # until the new file is whole, the folder is no checkpoint
+    _by_first_rank(lambda: path.unlink(missing_ok=True), path, device)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
     demp.pool_counters()
-    if _rank() == 0:
-        write_file(Path(folder) / WIDTHS, {
-            "units": widths_to_dict(demp.graph), "demp": demp.state_dict(), "extra": extra or {},
-        })
-    _wait()
+    content = {"units": widths_to_dict(demp.graph), "demp": demp.state_dict(), "extra": extra or {}}
+    _by_first_rank(lambda: write_file(path, content), path, device)
 
 
 def load_sharded(
@@ -84,22 +84,13 @@ def load_sharded(
     return entry(content, "extra", dict)
 
 
-def _give_up(path: Path, device: torch.device) -> None:
-    """Remove the file of an earlier save: until the new one is whole, the folder is no checkpoint. Raises OSError on all ranks."""
+def _by_first_rank(change: Callable[[], None], path: Path, device: torch.device) -> None:
+    """Rank 0 changes a file while the others wait. Raises OSError on all ranks if it cannot: they would wait for good."""
     failed: OSError | None = None
-    if _rank() == 0:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            path.unlink(missing_ok=True)
+            change()
         except OSError as error:
             failed = error
     if from_first_rank(torch.tensor([failed is not None], dtype=torch.uint8, device=device)).item():
         raise failed or OSError(f"save_sharded: rank 0 cannot write into {path.parent}")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _wait() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

@@ -15,12 +15,15 @@ until the unit is silent for whatever it is given. The units with the lowest sco
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ..compaction.optimizer import parameters_of
 from ..compaction.state_checks import entry
 from ..graph import UnitGraph
 from .budget import flops_cost, lowest_units, parameter_cost
@@ -87,14 +90,15 @@ class Steerer:
 
     Args:
         graph: of `model`; the controller keeps it up to date. example_inputs: of the forward, meta tensors will do.
+        optimizers: of the model: what they do not train is not pushed.
         round_to, min_units: as the removal has them, so that no unit is pushed that would have to stay.
     """
 
     def __init__(
-        self, steering: Steering, model: nn.Module, graph: UnitGraph, example_inputs: tuple[Any, ...], total_steps: int,
-        round_to: int, min_units: int,
+        self, steering: Steering, model: nn.Module, graph: UnitGraph, optimizers: Sequence[Optimizer],
+        example_inputs: tuple[Any, ...], total_steps: int, round_to: int, min_units: int,
     ) -> None:
-        self.steering, self.model, self.graph = steering, model, graph
+        self.steering, self.model, self.graph, self.optimizers = steering, model, graph, optimizers
         self.total_steps, self.round_to, self.min_units = total_steps, round_to, min_units
         by_flops = steering.target_flops is not None
         self.cost = flops_cost(model, example_inputs) if by_flops else parameter_cost(model)
@@ -166,11 +170,11 @@ class Steerer:
 
     def _gated(self) -> list[tuple[str, str, nn.Parameter]]:
         """(name, activation, parameter) of the parameters whose row r belongs to unit r."""
-        parameters = dict(self.model.named_parameters())
+        parameters, trained = dict(self.model.named_parameters()), parameters_of(self.optimizers)
         gated = [(name, activation, parameters.get(name)) for name, activation in self.graph.gates.items()]
         return [
             (name, activation, p) for name, activation, p in gated
-            if p is not None and p.requires_grad and len(p) == self.graph.units[activation]
+            if p is not None and p.requires_grad and id(p) in trained and len(p) == self.graph.units[activation]
         ]
 
     def _strengths(self) -> list[tuple[str, str, nn.Parameter]]:

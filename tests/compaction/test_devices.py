@@ -106,8 +106,9 @@ def test_penalty_and_noise_reach_every_device() -> None:
     live = {name: torch.arange(units) % 2 == 0 for name, units in graph.units.items()}
     before = {name: p.detach().clone() for name, p in parts}
     seed = torch.tensor([5])
-    noise_on_live(model, live, graph.gates, 0.1, seed)
-    noise_on_live(alone, live, graph.gates, 0.1, seed)
+    trained = {id(p) for net in (model, alone) for p in net.parameters()}
+    noise_on_live(model, live, graph.gates, 0.1, seed, trained)
+    noise_on_live(alone, live, graph.gates, 0.1, seed, trained)
     for name, p in parts:
         torch.testing.assert_close(p, alone.get_parameter(name), rtol=0, atol=0)
         moved = (p != before[name]).flatten(1).any(1) if p.dim() > 1 else p != before[name]

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from nets import Chain, inputs, kill, traced
+from nets import Chain, ResNet, inputs, kill, traced
 from test_refusals import same, snapshot
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import demp_kernels as dk
+from demp_kernels import UnitGraph
 from demp_kernels.compaction import commit as commit_module
 from demp_kernels.ops.compact import compact as compact_op
 
@@ -379,3 +380,97 @@ def test_strides_do_not_depend_on_the_way_to_a_shape(layout: torch.memory_format
     assert found[0] == found[1] and found[0][10][0] == (2, 1, 3, 3)
     strides = {torch.channels_last: (9, 1, 3, 1), torch.contiguous_format: (9, 9, 3, 1)}
     assert found[0][10][1] == strides[layout]
+
+
+def test_averages_of_buffers_leave_selections_alone() -> None:
+    """torch averages integer buffers in floating point: 3 became 2 in an addition's table, and its indices moved."""
+    torch.manual_seed(0)
+    model = ResNet()
+    optimizer = O.SGD(model.parameters(), 1e-2)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    x = torch.randn(4, 3, 8, 8)
+    graph = UnitGraph.trace(model, x)
+    for share in (3, 2):
+        dead = {name: torch.arange(units) % share == place % share for place, (name, units) in enumerate(graph.units.items())}
+        for _ in range(3):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update_parameters(model)
+        dk.compact(model, optimizer, dead=dead, graph=graph, followers=ema)
+        for _ in range(3):
+            ema.update_parameters(model)
+        selections = [(a.add, b.add) for a, b in zip(model.blocks, ema.module.blocks)]
+        assert any(a.index is not None for a, _ in selections)
+        for a, b in selections:
+            assert torch.equal(a.channels, b.channels)
+            assert a.index is b.index is None or torch.equal(a.index, b.index)
+        ema(x).sum().backward()
+
+
+def test_a_copy_of_the_network_before_prepare_is_no_follower() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = net, nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return self.head(torch.relu(self.b(y) + y).mean((2, 3)))
+
+    plain = Residual()
+    ema = AveragedModel(plain)
+    model = dk.prepare(plain, torch.randn(2, 3, 6, 6))
+    with pytest.raises(ValueError, match=r"followers\[0\] must be a copy of the model: it has no add; copy the model that prepare"):
+        dk.DemP(model, O.SGD(model.parameters(), 0.1), total_steps=5, peak_penalty=0.0, followers=ema)
+
+
+class Sharpened(O.Optimizer):
+    """As published implementations of sharpness-aware minimisation are: the moments are in an optimiser inside."""
+
+    def __init__(self, parameters: object) -> None:
+        super().__init__(parameters, {"rho": 0.05})
+        self.base_optimizer = O.AdamW(self.param_groups, lr=1e-2)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure: object = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["old_p"] = p.detach().clone()
+        self.base_optimizer.step()
+
+
+def test_state_in_an_optimiser_inside_follows() -> None:
+    model, graph, dead = net()
+    optimizer = Sharpened(model.parameters())
+    train(model, optimizer, 2, 1)
+    dk.compact(model, optimizer, dead=dead, graph=graph)
+    for p in model.parameters():
+        assert optimizer.state[p]["old_p"].shape == optimizer.base_optimizer.state[p]["exp_avg"].shape == p.shape
+    train(model, optimizer, 2, 1)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+@pytest.mark.parametrize("views", [False, True])
+def test_zero_redundancy_optimizer(views: bool) -> None:
+    import torch.distributed as dist
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, graph, dead = net()
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), O.AdamW, parameters_as_bucket_view=views, lr=1e-3)
+        train(model, optimizer, 2, 1)
+        before = snapshot(model)
+        if views:
+            with pytest.raises(dk.CompactionError, match="parameters_as_bucket_view=True"):
+                dk.compact(model, optimizer, dead=dead, graph=graph)
+            assert same(before, snapshot(model))
+        else:
+            dk.compact(model, optimizer, dead=dead, graph=graph)
+            assert all(optimizer.optim.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+            train(model, optimizer, 2, 1)
+    finally:
+        dist.destroy_process_group()

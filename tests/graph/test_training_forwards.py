@@ -171,3 +171,49 @@ def test_equally_many_calls_on_other_units_are_not_taken_for_the_same() -> None:
     model, x = Swapped(), torch.randn(4, 6)
     report = dk.compact(model, None, x, dead={"act@1": torch.arange(8) < 3})
     assert not report.changed and "is called behind other layers in training" in report.kept["act@1"]
+
+
+class Written(nn.Module):
+    """What only training does depends on the width: a number in a view, a size as a number, a weight as a value."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.conv, self.act, self.head, self.aux = nn.Conv2d(3, 8, 1), dk.DemPReLU(), nn.Conv2d(8, 2, 1), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.act(self.conv(x))
+        y = self.head(h)
+        if not self.training:
+            return y
+        if self.way == "view":
+            return y, self.aux(F.adaptive_avg_pool2d(h, 1).view(-1, 8))
+        pooled = self.aux(h.mean((2, 3)))
+        return y, pooled, h.sum(1) / h.shape[1] if self.way == "size" else self.conv.weight.sum()
+
+
+@pytest.mark.parametrize("way", ["view", "size", "weight"])
+def test_what_training_alone_writes_down_is_kept(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Written(way), torch.randn(4, 3, 5, 5)
+    with torch.no_grad():
+        model.conv.weight[2:5], model.conv.bias[2:5] = 1.0, -100
+    before = model(x)
+    report = dk.compact(model, None, x, dead={"act": (torch.arange(8) >= 2) & (torch.arange(8) < 5)})
+    assert not report.removed
+    for new, old in zip(model(x), before):
+        torch.testing.assert_close(new, old)
+
+
+def test_a_weight_that_a_layer_and_a_sum_read_is_kept() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(6, 8), dk.DemPReLU(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.fc2(self.act(self.fc1(x)))
+            return y, self.fc1.weight.sum()
+
+    report = dk.compact(Norm(), None, torch.randn(2, 6), dead={"act": torch.arange(8) < 3})
+    assert not report.removed and "parameter fc1.weight is used in two ways" in str(report.kept)

@@ -284,3 +284,28 @@ def test_atoms_tell_why_they_are_pinned() -> None:
     atoms.pin(b[2:], "because")
     roots, reasons = atoms.resolve()
     assert roots[a[0]] == roots[b[1]] and reasons == {int(roots[a[1]]): "because"}
+
+
+def test_what_a_forward_keeps_in_the_model_is_as_before() -> None:
+    class Cached(nn.Module):
+        def __init__(self, shared: dict[str, float], features: list[torch.Tensor]) -> None:
+            super().__init__()
+            self.fc, self.act, self.out = nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)
+            self.shared, self.features, self.nested, self.last = shared, features, {"calls": [0]}, None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not hasattr(self, "mask"):
+                self.mask = torch.ones(x.shape[1])
+            self.nested["calls"][0] += 1
+            self.last = self.act(self.fc(x * self.mask))
+            self.features.append(self.last)
+            return self.out(self.last) * self.shared["scale"]
+
+    shared, features = {"scale": 2.0}, []
+    model = nn.Sequential(Cached(shared, features))
+    UnitGraph.trace(model, torch.randn(2, 4))
+    cached = model[0]
+    assert cached.shared is shared and cached.features is features and features == []
+    assert not hasattr(cached, "mask") and cached.last is None and cached.nested == {"calls": [0]}
+    shared["scale"] = 3.0
+    assert type(model(torch.randn(2, 4))) is torch.Tensor and len(features) == 1

@@ -143,3 +143,17 @@ def test_transformers_with_several_gpus_in_one_process_is_refused() -> None:
     callback = DemPCallback(network(), **OPTIONS)
     with pytest.raises(ValueError, match="works with one GPU, got 2"):
         callback.on_train_begin(SimpleNamespace(world_size=1, n_gpu=2), None, None)
+
+
+@pytest.mark.parametrize(("clipped", "scaler", "scale"), [(1.0, True, 1.0), (0.0, True, 128.0), (0.0, False, 1.0)])
+def test_transformers_penalises_gradients_as_they_are_scaled(clipped: float, scaler: bool, scale: float) -> None:
+    """The Trainer unscales gradients only to clip them."""
+    pytest.importorskip("transformers")
+    from demp_kernels.integrations.transformers import DemPCallback
+
+    callback = DemPCallback(network(), **OPTIONS)
+    given: list[float] = []
+    callback.demp = SimpleNamespace(penalise_gradients=lambda scale=1.0: given.append(scale))
+    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 128.0) if scaler else None)
+    callback.on_pre_optimizer_step(SimpleNamespace(max_grad_norm=clipped), None, None, optimizer=optimizer)
+    assert given == [scale]

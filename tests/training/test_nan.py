@@ -90,3 +90,20 @@ def test_types_are_looked_at_each_for_itself() -> None:
     }.items():
         model.register_buffer(name, tensor)
     assert not_finite(model) == ("broken",)
+
+
+def test_a_part_in_evaluation_mode_is_named_once() -> None:
+    model, _, demp = build()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    norm_alone = model.get_submodule("2")
+    norm_alone.eval()
+    x = torch.randn(8, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            model(x)
+            demp.step()
+    assert [str(one.message) for one in caught] == ["2: in evaluation mode at step 2, in which nothing is counted and no unit dies"]
+    assert caught[0].filename == __file__ and demp.live_units == demp.total_units

@@ -49,6 +49,17 @@ if what == "save":
         pass
     assert not os.path.exists(os.path.join(folder, "demp.pt")), "a half-written folder passes for a checkpoint"
     dcp.save = save
+    from demp_kernels.training import sharded
+    write = sharded.write_file
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    sharded.write_file = full  # of rank 0 alone: all ranks must hear of it
+    try:
+        dk.save_sharded(folder, model, optimizer, demp)
+        raise AssertionError("a failed save went unnoticed")
+    except OSError:
+        pass
+    sharded.write_file = write
     dk.save_sharded(folder, model, optimizer, demp, extra={"mine": 3})
 else:
     assert dk.load_sharded(folder, model, optimizer, demp) == {"mine": 3}

@@ -1,6 +1,9 @@
 """The ops in Triton: for GPUs without the compiled extension (no nvcc where it was built, AMD, Intel).
 
 Importing this package imports Triton; `ops.backend` does so only where the kernels are to be used, and calls `register`.
+
+Numbers (slope, eps, noise_std) reach a kernel as float32, which is all that Triton's arguments have: float64 tensors get results
+that are as exact as these, 1e-7.
 """
 from __future__ import annotations
 

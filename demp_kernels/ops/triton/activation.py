@@ -125,7 +125,7 @@ def _forward_rows(
     slope = tl.full((), slope, WIDE)
     noise_std = tl.full((), noise_std, WIDE)
     count = tl.zeros((COLUMNS,), tl.int32)
-    for start in range(first, (rows + 3) // 4, step):
+    for start in range(first, (rows - 1) // 4 + 1, step):  # rows + 3 may not fit into 32 bits
         quad = start + tl.arange(0, QUADS)
         if NOISE:
             z0, z1, z2, z3 = normals(quad[:, None], column[None, :], 0, tl.load(seed))

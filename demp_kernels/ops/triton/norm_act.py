@@ -38,11 +38,17 @@ LINEAR = ("relu", "leaky_relu")
 
 
 @triton.jit
+def _padded(inner):
+    """Positions of a plane up to whole bytes of the mask. In 64 bits: the last few of 32 have no place for the 7."""
+    return (tl.cast(inner, tl.int64) + 7) // 8 * 8
+
+
+@triton.jit
 def _positions(start, outer, inner, ROWS: tl.constexpr, PLANES: tl.constexpr):
     """Plane and place of ROWS positions from `start` on, and which of them exist."""
     position = start + tl.arange(0, ROWS)
     if PLANES:
-        padded = (inner + 7) // 8 * 8
+        padded = _padded(inner)
         plane = position // padded
         place = position - plane * padded
         return plane, place, (plane < outer) & (place < inner)
@@ -59,7 +65,7 @@ def _addresses(plane, place, inside, column, channels, inner):
 @triton.jit
 def _total(outer, inner, PLANES: tl.constexpr):
     # tl.cast: the product of two 32-bit sizes may need more bits, and an argument that is 1 has no `.to`
-    return tl.cast(outer, tl.int64) * ((inner + 7) // 8 * 8) if PLANES else outer
+    return tl.cast(outer, tl.int64) * _padded(inner) if PLANES else outer
 
 
 # ---- channels --------------------------------------------------------------------------------------------------------
@@ -187,7 +193,7 @@ def _normalise(
         tl.store(y + at, result.to(y.dtype.element_ty), mask=known)
         if MASK:
             if PLANES:
-                padded = (inner + 7) // 8
+                padded = _padded(inner) // 8
                 eighth = start // 8 + tl.arange(0, ROWS // 8)
                 of_plane = eighth // padded
                 byte = (of_plane * channels + tl.program_id(0)) * padded + eighth - of_plane * padded
@@ -231,7 +237,7 @@ def _dz(
         if FROM_BITS:
             bit = at
             if PLANES:
-                bit = (plane[:, None] * channels + column[None, :]) * ((inner + 7) // 8 * 8) + place[:, None]
+                bit = (plane[:, None] * channels + column[None, :]) * _padded(inner) + place[:, None]
             live = ((tl.load(mask + (bit >> 3), mask=known, other=0).to(tl.int32) >> (bit & 7).to(tl.int32)) & 1) == 1
         else:
             live = (_z(value, residual, at, known, center, scale, offset, False, WIDE) <= 0) == 0
