@@ -167,6 +167,9 @@ def weight_noise_(
 def channel_select(x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int = 1) -> Tensor:
     """y[:, c] = x[:, index[c]] where index[c] >= 0, else 0; `inverse` is the inverse map of `index`, for the gradient."""
     try:
+        if not torch.compiler.is_compiling() and is_transformed():
+            _channel_select.check(x, index, inverse, channel_dim)
+            return reference.channel_select(x, index, channel_dim)
         return _channel_select.channel_select(x, index, inverse, channel_dim)
     except _WRONG:
         _check_kinds("channel_select", {"x": x, "index": index, "inverse": inverse})
@@ -225,7 +228,9 @@ def _forward_(
         if _is_traced() or (followed and (x._is_view() or x.is_leaf)) or not usable:
             # The compiler plans memory itself; autograd lets no function with two outputs write over a view, and refuses
             # a leaf only when it is overwritten; strided x has no kernel. Each way x ends up holding y.
-            y, active = _forward(x, activation, slope, channel_dim, noise_std, seed)
+            # leaky_relu's backward needs an x that is not overwritten
+            given = x.clone() if followed and activation == "leaky_relu" else x
+            y, active = _forward(given, activation, slope, channel_dim, noise_std, seed)
             return x.copy_(y), active
         seed = _seed(seed, x.device) if noise_std > 0 else None
         return _activation.InPlace.apply(x, activation, slope, channel_dim, noise_std, seed)

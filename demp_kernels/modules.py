@@ -341,9 +341,16 @@ class SelectiveAdd(nn.Module):
         if key in unexpected_keys:
             unexpected_keys.remove(key)
 
+    def select(self, skip: Tensor) -> Tensor:
+        """The skip with the channels of the sum."""
+        if self.index is None or self.inverse is None:
+            return skip
+        if self.index.device != skip.device and not skip.is_meta:  # moved by what moves parameters and buffers only: fully_shard
+            self.index, self.inverse = self.index.to(skip.device), self.inverse.to(skip.device)
+        return functional.channel_select(skip, self.index, self.inverse, self.channel_dim)
+
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if self.index is not None and self.inverse is not None:
-            b = functional.channel_select(b, self.index, self.inverse, self.channel_dim)
+        b = self.select(b)
         return a.add_(b) if self.inplace and self.training else a + b
 
     def extra_repr(self) -> str:

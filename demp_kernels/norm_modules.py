@@ -114,8 +114,8 @@ class DemPBatchNormAct2d(nn.BatchNorm2d):
             y = super().forward(x)
             return self.act(y if residual is None else self.add(y, residual))
         self._check_input_dim(x)
-        if residual is not None and self.add.index is not None and self.add.inverse is not None:
-            residual = functional.channel_select(residual, self.add.index, self.add.inverse, self.add.channel_dim)
+        if residual is not None:
+            residual = self.add.select(residual)
         activation, slope = _kind(self.act)
         y, active, mean, var = functional.norm_act(
             x, self.weight, self.bias, residual, activation, slope, self.eps, self.act.noise_std

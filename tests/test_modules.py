@@ -88,15 +88,18 @@ def test_inplace_refuses_a_leaf_that_requires_grad(module: nn.Module) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("module", [dk.DemPReLU(inplace=True), dk.DemPLeakyReLU(0.5, inplace=True)], ids=repr)
 def test_who_reads_the_input_later_reads_what_inplace_wrote(module: nn.Module, compiled: bool) -> None:
-    def net(x: torch.Tensor) -> torch.Tensor:
-        z = x * 1.0
+    def net(z: torch.Tensor) -> torch.Tensor:
         y = module(z)
-        return y + 2 * z
+        again = z * 0.5
+        return module(again) + y + 2 * z
 
     torch.compiler.reset()
-    x = torch.randn(64, 16)
+    x = torch.randn(64, 16, requires_grad=True)
     plain = nn.ReLU() if isinstance(module, dk.DemPReLU) else nn.LeakyReLU(0.5)
-    torch.testing.assert_close((torch.compile(net, backend="aot_eager") if compiled else net)(x), 3 * plain(x))
+    expected = 3 * plain(x) + plain(0.5 * plain(x))
+    y = (torch.compile(net, backend="aot_eager") if compiled else net)(x * 1.0)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x), torch.autograd.grad(expected.square().sum(), x))
 
 
 @pytest.mark.parametrize("counting", [dk.DemPReLU(), dk.DemPLeakyReLU(0.1), dk.DemPGELU(), dk.DemPSiLU()], ids=repr)

@@ -93,7 +93,9 @@ def test_a_cost_of_layers_whose_weight_is_computed() -> None:
     net = nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 4, 1))
     )
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     assert flops_cost(net, (torch.empty(1, 3, 6, 6, device="meta"),))({}) == 16 * (8 * 27 + 4 * 8)
+    assert before and all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
 
 
 def test_what_no_optimiser_trains_is_neither_pushed_nor_noisy() -> None:

@@ -11,9 +11,16 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 import demp_kernels as dk
 
+
+def selected(x: Tensor) -> Tensor:
+    return dk.functional.channel_select(x, torch.tensor([2, -1, 0]), torch.tensor([2, -1, 0, -1]))
+
+
 PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "relu": (lambda x: dk.functional.relu(x)[0], F.relu),
     "relu_": (lambda x: dk.functional.relu_(x * 1.0)[0], F.relu),
+    "leaky_relu_": (lambda x: dk.functional.leaky_relu_(x * 1.0, 0.1)[0], lambda x: F.leaky_relu(x, 0.1)),
+    "select": (selected, lambda x: torch.stack([x[:, 2], torch.zeros_like(x[:, 0]), x[:, 0]], 1)),
     "leaky_relu": (lambda x: dk.functional.leaky_relu(x, 0.1)[0], lambda x: F.leaky_relu(x, 0.1)),
     "gelu": (lambda x: dk.functional.gelu(x)[0], F.gelu),
     "silu": (lambda x: dk.functional.silu(x)[0], F.silu),
@@ -29,7 +36,7 @@ def test_derivatives_are_those_of_the_plain_function(name: str) -> None:
     ours, plain = PAIRS[name]
     torch.manual_seed(0)
     x, t = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    w = torch.randn(6, 4, dtype=torch.float64)
+    w = torch.randn_like(plain(x))
     for transform in (
         lambda f: grad(lambda v: (f(v) * w).sum())(x),
         lambda f: jvp(f, (x,), (t,)),

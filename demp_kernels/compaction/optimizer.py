@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .plan import CompactionError, Cut
 
-__all__ = ["StateCut", "as_optimizers", "parameters_of", "plan_states"]
+__all__ = ["StateCut", "as_optimizers", "parameters_of", "plan_states", "with_inner"]
 
 
 @dataclass
@@ -52,7 +52,7 @@ def plan_states(optimizers: Iterable[Optimizer], cuts: Iterable[Cut]) -> list[St
     """
     by_parameter = {id(cut.tensor): cut for cut in cuts}
     states: list[StateCut] = []
-    for optimizer in _with_inner(optimizers):
+    for optimizer in with_inner(optimizers):
         kind = type(optimizer).__name__
         if by_parameter and getattr(optimizer, "parameters_as_bucket_view", False):
             raise CompactionError(f"{kind} with parameters_as_bucket_view=True holds the memory of the parameters: it must be False")
@@ -78,7 +78,7 @@ def plan_states(optimizers: Iterable[Optimizer], cuts: Iterable[Cut]) -> list[St
     return states
 
 
-def _with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+def with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
     """Optimisers, and those that they keep inside (SAM, Lookahead, torch's ZeroRedundancyOptimizer), each state once."""
     found: dict[int, Optimizer] = {}
     pending = list(optimizers)
@@ -86,7 +86,9 @@ def _with_inner(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
         one = pending.pop(0)
         if id(one.state) not in found:
             found[id(one.state)] = one
-        pending += [inner for inner in vars(one).values() if isinstance(inner, Optimizer) and id(inner.state) not in found]
+        for value in vars(one).values():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            pending += [inner for inner in inside if isinstance(inner, Optimizer) and id(inner.state) not in found]
     return list(found.values())
 
 

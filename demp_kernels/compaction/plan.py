@@ -195,7 +195,7 @@ def _selections(
         assert isinstance(module, SelectiveAdd)
         before = module.index if module.channels is None else module.channels
         if before is not None and before.is_meta:
-            raise CompactionError(f"{selection.name} must know which channels it has, but its buffers are on the meta device")
+            raise CompactionError(f"{selection.name} must know which channels it has, but these are on the meta device")
         on = selection.device_in(model) if before is None else before.device
         if on.type == "meta":
             on = torch.device("cpu")  # which channels are left would be lost

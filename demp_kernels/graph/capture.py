@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import re
 import threading
 from collections.abc import Collection, Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
@@ -146,7 +148,8 @@ def capture(
 
     Raises AnalysisError if torch.export cannot capture the model.
     """
-    rng = torch.get_rng_state()
+    # a forward may draw numbers: from equal states, so that two captures of it are alike
+    rng, python_rng, numpy_rng = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         with (
             TRACING, _annotations_of_this_thread(), same_attributes(model),
@@ -159,6 +162,8 @@ def capture(
         raise AnalysisError(f"torch.export cannot capture {type(model).__name__}: {text[0]}") from error
     finally:
         torch.set_rng_state(rng)
+        random.setstate(python_rng)
+        np.random.set_state(numpy_rng)
     if isinstance(model, fx.GraphModule):
         _remember_places(model, program.graph)
     signature = program.graph_signature

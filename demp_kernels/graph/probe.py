@@ -93,8 +93,7 @@ def _again(model: nn.Module, graph: UnitGraph, first: Capture, kept: np.ndarray)
 
 
 def _pairs(first: Capture, again: Capture) -> list[tuple[fx.Node, fx.Node]] | None:
-    """The calls of both graphs side by side, up to where they call different ops; None if they differ in nothing but their
-    number."""
+    """The calls of both graphs side by side, up to the end of the shorter one; None if they differ in nothing but their number."""
     old, new = ([node for node in captured.nodes if node.op == "call_function"] for captured in (first, again))
     if len(old) != len(new):
         select = torch.ops.demp_kernels.channel_select.default

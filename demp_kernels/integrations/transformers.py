@@ -8,6 +8,7 @@
 """
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -54,9 +55,13 @@ class DemPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.demp is not None
-        # the Trainer unscales gradients where it clips them, and nowhere else before the optimiser's step
-        scaler = None if args.max_grad_norm > 0 else getattr(kwargs["optimizer"], "scaler", None)
-        self.demp.penalise_gradients(1.0 if scaler is None else scaler.get_scale())
+        # accelerate's optimiser, around the one that steps
+        optimizer = kwargs["optimizer"]
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None:
+            with suppress(RuntimeError):  # unscaled already, where the Trainer has clipped gradients or taken their norm
+                scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
+        self.demp.penalise_gradients()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -32,11 +32,15 @@ def flops_cost(model: nn.Module, example_inputs: tuple[Any, ...], block: int = 1
         them. The inputs of each group of a grouped convolution stay as they are: those kernels go over the groups.
     """
     positions: dict[nn.Module, int] = {}
+    computed: dict[nn.Module, torch.Size] = {}
+    """Shapes of weights that are no parameters (parametrised ones). Their layers keep their units."""
 
     def count(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         shape = given[0].shape if isinstance(module, nn.modules.conv._ConvTransposeNd) else output.shape
         channels = shape[-1] if isinstance(module, nn.Linear) else shape[1]
         positions[module] = positions.get(module, 0) + shape.numel() // channels
+        if module._parameters.get("weight") is None:
+            computed[module] = torch.Size(module.weight.shape)  # type: ignore[arg-type]
 
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
     hooks = [layer.register_forward_hook(count) for layer in layers]
@@ -51,9 +55,8 @@ def flops_cost(model: nn.Module, example_inputs: tuple[Any, ...], block: int = 1
     def cost(shapes: Mapping[int, tuple[int, ...]]) -> float:
         total = 0
         for layer, places in positions.items():
-            weight = layer.weight  # of a parametrised layer no parameter, and computed anew each time
-            assert isinstance(weight, Tensor)
-            shape = list(shapes.get(id(weight), weight.shape))
+            weight = layer._parameters.get("weight")
+            shape = list(computed[layer] if weight is None else shapes.get(id(weight), weight.shape))
             for dim in (0, 1) if getattr(layer, "groups", 1) == 1 else (0,):
                 shape[dim] = -(-shape[dim] // block) * block
             total += torch.Size(shape).numel() * places

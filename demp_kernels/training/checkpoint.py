@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..arguments import require_module
 from ..compaction import widths_to_dict
 from ..compaction.entry import as_followers
-from ..compaction.optimizer import as_optimizers
+from ..compaction.optimizer import as_optimizers, with_inner
 from ..compaction.removal import Removal
 from ..compaction.saved import saved_keep
 from ..compaction.state_checks import check_model_state, check_optimizer_states, check_tensors, entry
@@ -106,7 +106,8 @@ def load_checkpoint(
     model.load_state_dict(content["model"])
     for one, state in zip(optimizers, content["optimizers"]):
         one.load_state_dict(state)
-        _align_moments(one)
+        for inner in with_inner([one]):
+            _align_moments(inner)
     if demp is not None and content["demp"] is not None:
         demp.load_state_dict(content["demp"])
     if restore_rng:

@@ -27,7 +27,7 @@ NEWER_ARGUMENTS = ("skip_all_reduce_unused_params", "batched_grad_copy")
 
 
 POWER_SGD = ("error_dict", "p_memory_dict", "q_memory_dict")
-"""What the state of DDP's PowerSGD hook keeps for each bucket, in the bucket's length: begun anew with the new buckets."""
+"""What the state of DDP's PowerSGD hook keeps for each bucket, in the bucket's length."""
 
 
 def is_distributed() -> bool:
@@ -170,8 +170,10 @@ def _rebuild_data_parallel(model: nn.Module) -> None:
     model.training = training
     vars(model).update(hooks)
     for hook, state in communication:
-        for kept in POWER_SGD:
-            getattr(state, kept, {}).clear()
+        if isinstance(getattr(state, "error_dict", None), dict):
+            for kept in POWER_SGD:
+                getattr(state, kept).clear()
+            state.iter = 0  # it compresses from start_powerSGD_iter on: the first steps have other buckets
         model.register_comm_hook(state, hook)
 
 

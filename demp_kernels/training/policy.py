@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compaction.entry import width_step
+from ..compaction.optimizer import with_inner
 from ..compaction.report import CompactionReport, Payoff
 from ..graph import UnitGraph
 from ..graph.units import Keep
@@ -150,7 +151,7 @@ class Weighing:
     def _removal_seconds(self) -> float:
         if self.removal_seconds is not None:
             return self.removal_seconds
-        states = [value for one in self._optimizers for state in one.state.values() for value in state.values()]
+        states = [value for one in with_inner(self._optimizers) for state in one.state.values() for value in state.values()]
         held = [*self._model.parameters(), *self._model.buffers(), *(s for s in states if isinstance(s, Tensor))]
         return TENSOR_SECONDS * len(held) + BYTE_SECONDS * sum(tensor.nbytes for tensor in held)
 

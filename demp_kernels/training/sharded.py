@@ -85,12 +85,13 @@ def load_sharded(
 
 
 def _by_first_rank(change: Callable[[], None], path: Path, device: torch.device) -> None:
-    """Rank 0 changes a file while the others wait. Raises OSError on all ranks if it cannot: they would wait for good."""
-    failed: OSError | None = None
+    """Rank 0 changes a file while the others wait. If it cannot, it raises what came up and the others OSError: they would wait
+    for good."""
+    failed: Exception | None = None
     if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         try:
             change()
-        except OSError as error:
+        except Exception as error:
             failed = error
     if from_first_rank(torch.tensor([failed is not None], dtype=torch.uint8, device=device)).item():
         raise failed or OSError(f"save_sharded: rank 0 cannot write into {path.parent}")

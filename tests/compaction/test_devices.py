@@ -90,7 +90,7 @@ def test_a_selection_without_values_is_refused_before_anything_changes() -> None
     model.to("meta")
     before = {name: t.shape for name, t in model.state_dict().items()}
     dead = {name: torch.arange(units) < 2 for name, units in graph.units.items()}
-    with pytest.raises(dk.CompactionError, match="norm.add must know which channels it has, but its buffers are on the meta device"):
+    with pytest.raises(dk.CompactionError, match="norm.add must know which channels it has, but these are on the meta device"):
         dk.compact(model, None, dead=dead, graph=graph)
     assert {name: t.shape for name, t in model.state_dict().items()} == before
 

@@ -430,25 +430,32 @@ def test_a_copy_of_the_network_before_prepare_is_no_follower() -> None:
 class Sharpened(O.Optimizer):
     """As published implementations of sharpness-aware minimisation are: the moments are in an optimiser inside."""
 
-    def __init__(self, parameters: object) -> None:
+    def __init__(self, parameters: object, listed: bool) -> None:
         super().__init__(parameters, {"rho": 0.05})
         self.base_optimizer = O.AdamW(self.param_groups, lr=1e-2)
         self.param_groups = self.base_optimizer.param_groups
+        if listed:
+            self.optimizers = [self.__dict__.pop("base_optimizer")]
+
+    @property
+    def inside(self) -> O.Optimizer:
+        return self.optimizers[0] if hasattr(self, "optimizers") else self.base_optimizer
 
     def step(self, closure: object = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["old_p"] = p.detach().clone()
-        self.base_optimizer.step()
+        self.inside.step()
 
 
-def test_state_in_an_optimiser_inside_follows() -> None:
+@pytest.mark.parametrize("listed", [False, True])
+def test_state_in_an_optimiser_inside_follows(listed: bool) -> None:
     model, graph, dead = net()
-    optimizer = Sharpened(model.parameters())
+    optimizer = Sharpened(model.parameters(), listed)
     train(model, optimizer, 2, 1)
     dk.compact(model, optimizer, dead=dead, graph=graph)
     for p in model.parameters():
-        assert optimizer.state[p]["old_p"].shape == optimizer.base_optimizer.state[p]["exp_avg"].shape == p.shape
+        assert optimizer.state[p]["old_p"].shape == optimizer.inside.state[p]["exp_avg"].shape == p.shape
     train(model, optimizer, 2, 1)
 
 

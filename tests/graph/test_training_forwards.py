@@ -1,8 +1,10 @@
 """What a forward does in training only: heads, features and calls that evaluation does not return, or does not make."""
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -217,3 +219,23 @@ def test_a_weight_that_a_layer_and_a_sum_read_is_kept() -> None:
 
     report = dk.compact(Norm(), None, torch.randn(2, 6), dead={"act": torch.arange(8) < 3})
     assert not report.removed and "parameter fc1.weight is used in two ways" in str(report.kept)
+
+
+def test_numbers_that_training_draws_are_no_sizes() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.act, self.fc2 = nn.Linear(6, 8), dk.DemPReLU(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.act(self.fc1(x))
+            if self.training:
+                share = random.random()
+                h = share * h + (1 - share) * h.flip(0) * np.random.rand()
+            return self.fc2(h)
+
+    random.seed(0)
+    before = random.getstate()
+    graph = UnitGraph.trace(Mixed(), torch.randn(4, 6))
+    assert graph.proved and not graph.is_pinned[graph.axes["fc1.weight", 0]].any()
+    assert random.getstate() == before

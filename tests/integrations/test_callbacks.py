@@ -145,15 +145,23 @@ def test_transformers_with_several_gpus_in_one_process_is_refused() -> None:
         callback.on_train_begin(SimpleNamespace(world_size=1, n_gpu=2), None, None)
 
 
-@pytest.mark.parametrize(("clipped", "scaler", "scale"), [(1.0, True, 1.0), (0.0, True, 128.0), (0.0, False, 1.0)])
-def test_transformers_penalises_gradients_as_they_are_scaled(clipped: float, scaler: bool, scale: float) -> None:
-    """The Trainer unscales gradients only to clip them."""
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_transformers_penalises_unscaled_gradients(unscaled: bool) -> None:
+    """The Trainer unscales them to clip them or to take their norm, but not in every release."""
     pytest.importorskip("transformers")
     from demp_kernels.integrations.transformers import DemPCallback
 
-    callback = DemPCallback(network(), **OPTIONS)
-    given: list[float] = []
-    callback.demp = SimpleNamespace(penalise_gradients=lambda scale=1.0: given.append(scale))
-    optimizer = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 128.0) if scaler else None)
-    callback.on_pre_optimizer_step(SimpleNamespace(max_grad_norm=clipped), None, None, optimizer=optimizer)
-    assert given == [scale]
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    scaler.scale(net(torch.randn(4, 6)).sum()).backward()
+    expected = [p.grad / 128.0 for p in net.parameters()]
+    if unscaled:
+        scaler.unscale_(optimizer)
+    callback = DemPCallback(net, **OPTIONS)
+    callback.demp = SimpleNamespace(penalise_gradients=lambda: penalised.extend(p.grad.clone() for p in net.parameters()))
+    penalised: list[torch.Tensor] = []
+    callback.on_pre_optimizer_step(None, None, None, optimizer=SimpleNamespace(optimizer=optimizer, scaler=scaler))
+    torch.testing.assert_close(penalised, expected)
+    scaler.step(optimizer)
+    scaler.update()

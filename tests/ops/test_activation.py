@@ -177,14 +177,15 @@ def test_in_place_writes_over_x_and_differentiates() -> None:
     assert torch.equal(leaf.grad, (leaf.detach() > 0).float())
 
 
-def test_in_place_over_a_view_writes_over_its_base() -> None:
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_in_place_over_a_view_writes_over_its_base(slope: float) -> None:
     leaf = torch.randn(6, 4, requires_grad=True)
     base = leaf * 1
-    _, active = functional.relu_(base[:2])
-    expected = torch.cat([leaf.detach()[:2].clamp(min=0), leaf.detach()[2:]])
+    _, active = functional.leaky_relu_(base[:2], slope) if slope else functional.relu_(base[:2])
+    expected = torch.cat([F.leaky_relu(leaf.detach()[:2], slope), leaf.detach()[2:]])
     assert torch.equal(base.detach(), expected) and torch.equal(active, (leaf[:2] > 0).sum(0))
     base.sum().backward()
-    assert torch.equal(leaf.grad, torch.cat([(leaf.detach()[:2] > 0).float(), torch.ones(4, 4)]))
+    assert torch.equal(leaf.grad, torch.cat([(leaf.detach()[:2] > 0).float().clamp(min=slope), torch.ones(4, 4)]))
 
 
 def test_in_place_over_a_value_that_autograd_needs_is_refused() -> None:
