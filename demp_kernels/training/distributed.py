@@ -163,7 +163,8 @@ def _rebuild_data_parallel(model: nn.Module) -> None:
     }
     if caps := getattr(model, "bucket_bytes_cap_list", None):
         arguments["bucket_cap_mb_list"] = [cap / (1024 * 1024) for cap in caps]
-    training, module, communication = model.training, model.module, list(model._comm_hooks)
+    training, module = model.training, model.module
+    communication: list[tuple[Any, Any]] = list(model._comm_hooks)
     hooks = {name: value for name, value in vars(model).items() if name in MODULE_HOOKS}
     del model.reducer
     DistributedDataParallel.__init__(model, module, **arguments)
