@@ -129,7 +129,7 @@ class UnitGraph:
         Args:
             example_inputs: a tensor or a tuple of the forward's positional arguments; meta tensors will do.
 
-        Raises AnalysisError if torch.export cannot capture the model, TypeError for a wrong argument, ValueError for a
+        Raises demp_kernels.graph.AnalysisError (a ValueError) if torch.export cannot capture the model, TypeError for a wrong argument, ValueError for a
         model whose fused norms were made SyncBatchNorm, which lose their activations by it.
         """
         if not isinstance(model, nn.Module):

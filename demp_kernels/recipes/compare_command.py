@@ -6,7 +6,7 @@ from typing import Any
 
 from .compare import METHODS, OURS, Comparison, compare
 from .settings import PRESETS
-from .train_command import add_flags, settings_from
+from .train_command import add_flags, epilog, settings_from
 
 __all__ = ["add_parser"]
 
@@ -23,7 +23,7 @@ REPLACED = (
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "compare", description=DESCRIPTION, epilog=epilog(), formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     group = parser.add_argument_group("what is compared")
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     ))
     group.add_argument("--seeds", type=int, metavar="N", help="runs of each method, with seeds 0 to N-1 (default: 3)")
     group.add_argument(
-        "--peak-penalty", type=float, nargs="+", metavar="X", help="a demp run for each (default: that of the recipe)"
+        "--peak-penalty", type=float, nargs="+", metavar="X", help="a demp run for each (default: that of the recipe or the data set)"
     )
     group.add_argument(
         "--target-flops", type=float, nargs="+", metavar="X",

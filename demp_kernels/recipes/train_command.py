@@ -17,7 +17,7 @@ from .resume import begun_settings
 from .settings import AMP, CRITERIA, DEFAULTS, LR_SCHEDULES, OPTIMIZERS, PRESETS, WARM_UP, TrainSettings, resolve_device
 from .train import train
 
-__all__ = ["add_flags", "add_parser", "settings_from"]
+__all__ = ["add_flags", "add_parser", "epilog", "settings_from"]
 
 DESCRIPTION = """\
 Trains a dense network and the same one with DemP, whose dying units are removed on the way, under the same seed and
@@ -36,7 +36,7 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
         "--width": {"type": int, "help": "channels of the first stage (vit: of a token, mlp: of a hidden layer)"},
         "--data": {"metavar": "NAME", "help": f"{', '.join(DATA)} (default: digits)"},
         "--data-dir": {"type": Path, "help":
-            "folder of the data; without it fashion-mnist and cifar10 are downloaded"},
+            "folder of the data, needed for folder; without it cifar10 is downloaded, and fashion-mnist where Debian's package of it is not installed"},
         "--image-size": {"type": int, "help": "resize images to NxN (default: as they are; digits: 16; folder: 224)"},
         "--train-size": {"type": int, "help": "use N training images, or all where there are fewer"},
         "--workers": {"type": int, "help": "processes that decode images, for --data folder (default: 2)"},
@@ -63,17 +63,17 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("DemP", {
         "--preset": {"choices": tuple(PRESETS), "help":
             "fast: --target-flops 0.2 --steer-until 0.3 instead of the paper's penalty, so that most of the run is small; "
-            "lost 0.4 points of accuracy on the digits, about 0.8 in other trials"},
+            "lost 0.4 points of accuracy on the digits, up to a point in other narrow networks"},
         "--peak-penalty": {"type": float, "help": "peak weight of the L1 penalty: more removes more units"},
         "--penalty-on": {"choices": PENALTY_TARGETS, "help":
             "what is penalised (default: scales, or weights in a network without normalisation)"},
         "--target-flops": {"type": float, "help":
-            "closed loop instead of the penalty: push units towards death until this share of the operations is left"},
+            "closed loop: push units towards death until this share of the operations is left; the peak penalty is then 0 where neither flag nor recipe gives one"},
         "--target-sparsity": {"type": float, "help": "likewise, until this share of the parameters is gone"},
         "--steer-until": {"type": float, "help": "share of the run by which the target is to be met (default: 0.3)"},
         "--push-rate": {"type": float, "help": "what a pushed scale or offset moves in a step (default: 0.02)"},
         "--peak-noise": {"type": float, "help": "peak standard deviation of the weight noise (default: 5e-5)"},
-        "--ramp": {"type": float, "help": "share of the run that the penalty's one cycle takes (default: 0.87)"},
+        "--ramp": {"type": float, "help": "share of the run that the one cycle of penalty and noise takes (default: 0.87)"},
         "--prune-every": {"type": int, "help": "look for dead units every N steps (default: once an epoch, with a target four times)"},
         "--criterion": {"choices": CRITERIA, "help":
             "a unit is dead that was never active in the training steps since the last look (window, the default) or "
@@ -108,7 +108,7 @@ METAVARS = {int: "N", float: "X", Path: "DIR"}
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "train", description=DESCRIPTION, epilog=_epilog(), formatter_class=argparse.RawDescriptionHelpFormatter,
+        "train", description=DESCRIPTION, epilog=epilog(), formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     add_flags(parser)
@@ -149,14 +149,15 @@ def given_settings(chosen: argparse.Namespace) -> dict[str, Any]:
     return {**recipe, **(PRESETS[chosen.preset] if "preset" in chosen else {}), **flags}
 
 
-def _epilog() -> str:
+def epilog() -> str:
+    """What the help of the flags refers to: recipes, defaults, rounding."""
     lines = ["defaults by data set:"]
     for data, values in DEFAULTS.items():
         lines.append(f"  {data}: " + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items()))
     recipes = [f"  {name}: {about}" for name, about in recipe_summaries().items()]
     return "\n".join([
         "recipes:", *recipes, "", *lines, "  (the widths are those of resnet18, vgg16 starts with 64, mlp with 512, vit with 128; networks but resnet18,",
-        "  vgg16 and mlp start at --lr 0.001; with a target --peak-penalty is 0)",
+        "  vgg16 and mlp start at --lr 0.001; with a target --peak-penalty is 0 where neither flag nor recipe gives one)",
         "", "Tensor cores work in blocks of channels: there a multiple of 8 is faster than a few units less. --round-to 1 removes",
         "every dead unit.",
     ])

@@ -58,6 +58,7 @@ def compact_sharded(
         build: shards a copy of `plain` and makes its optimiser, with the same parameter groups each time.
         graph: of `plain`; it follows.
         dead: by default the units that were not active on any rank since the counters were reset.
+        round_to, min_units: as for `compact`; round_to is a number here, not "auto".
 
     Raises CompactionError if the model or the optimiser's state cannot be shrunk; ValueError or TypeError for wrong arguments.
     """
