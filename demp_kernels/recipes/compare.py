@@ -90,8 +90,9 @@ class Comparison:
 class Run:
     """One finished run of the comparison.
 
-    level: "" (dense), "penalty 0.03", "flops 0.2" (DemP's peak and budget; for a rival, those of the DemP run it matches) or
-        "sparsity 0.9" (a rival's, or DemP's budget).
+    level: "" (dense), "penalty 0.03", "flops 0.2", "sparsity 0.9" (DemP's peak or budget), "sparsity 0.9" (a rival's) or
+        "as flops 0.2" (a rival at the sparsity of that DemP run).
+    train_flops: of the training steps, three forward passes each; the passes in which rivals score are in the seconds alone.
     sparsity, neuron_sparsity: shares of the dense network's parameters and units that are gone; None where a method does not
         tell its units.
     inference_ms: median of a batch of up to 128 test images, without gradients, of the finished plain network.
@@ -197,7 +198,7 @@ def _plan(
         for name, level, changes in _demp_runs(settings, comparison):
             yield Demon(name), level, replace(seeded, **changes)
             if not comparison.sparsities:
-                targets[level] = runs[-1].sparsity
+                targets[f"as {level}"] = runs[-1].sparsity
         for level, sparsity in targets.items():
             for name in comparison.methods:
                 if name in RIVALS:
@@ -289,9 +290,9 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
 
 COLUMNS = (
     "method", "level", "runs", "accuracy", "accuracy_std", "sparsity", "neuron_sparsity", "train_flops", "train_seconds",
-    "speedup", "inference_ms",
+    "train_seconds_std", "speedup", "inference_ms",
 )
-"""Columns of table.csv: means over the seeds; accuracy_std: sample standard deviation (0 for one run); speedup: mean over
+"""Columns of table.csv: means over the seeds; ..._std: sample standard deviation (0 for one run); speedup: mean over
 the seeds of dense train_seconds / train_seconds, empty without a dense run of that seed on that machine; neuron_sparsity: empty where a method
 does not tell its units."""
 
@@ -304,13 +305,14 @@ def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
         groups.setdefault((run.method, run.level), []).append(run)
     rows = []
     for (method, level), group in groups.items():
-        accuracy = [run.accuracy for run in group]
+        accuracy, seconds = [run.accuracy for run in group], [run.train_seconds for run in group]
         pairs = [(dense.get((run.seed, run.machine)), run.train_seconds) for run in group]
         speedups = [before / after for before, after in pairs if before is not None]
         gone = [run.neuron_sparsity for run in group if run.neuron_sparsity is not None]
         rows.append({
             "method": method, "level": level, "runs": len(group), "accuracy": mean(accuracy),
             "accuracy_std": stdev(accuracy) if len(accuracy) > 1 else 0.0,
+            "train_seconds_std": stdev(seconds) if len(seconds) > 1 else 0.0,
             **{name: mean(getattr(run, name) for run in group)
                for name in ("sparsity", "train_flops", "train_seconds", "inference_ms")},
             "neuron_sparsity": mean(gone) if gone else None,

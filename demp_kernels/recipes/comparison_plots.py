@@ -10,7 +10,7 @@ __all__ = ["accuracy_against", "live_units"]
 
 
 DODGE = 0.5
-"""Points of sparsity that methods are drawn apart, since most have the same."""
+"""Points of sparsity that methods are drawn apart, since most have the same; the axis says so."""
 
 
 def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, label: str) -> str:
@@ -20,7 +20,8 @@ def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, lab
         axes = figure.subplots()
         methods = list(dict.fromkeys(row["method"] for row in rows))
         for number, method in enumerate(methods):
-            aside = DODGE * (number - (len(methods) - 1) / 2) if what == "sparsity" and method != "dense" else 0.0
+            apart = what == "sparsity" and len(methods) > 2 and method != "dense"
+            aside = DODGE * (number - (len(methods) - 1) / 2) if apart else 0.0
             own = sorted((row for row in rows if row["method"] == method), key=lambda row: row[what])
             axes.errorbar(
                 [_shown(row[what], what) + aside for row in own], [100 * row["accuracy"] for row in own],
@@ -32,7 +33,7 @@ def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, lab
                 [_shown(getattr(run, what), what) + aside for run in single], [100 * run.accuracy for run in single], s=9,
                 color=COLOURS[method], alpha=0.35, linewidths=0,
             )
-        axes.set_xlabel(label)
+        axes.set_xlabel(f"{label} (methods drawn {DODGE:g} apart)" if what == "sparsity" and len(methods) > 2 else label)
         axes.set_ylabel("test accuracy, %")
         figure.legend(loc="outside lower center", fontsize=9, ncols=3)
     return svg()

@@ -81,7 +81,7 @@ def terminal_table(runs: list[Run]) -> Table:
     for number in SHORT:
         table.add_column(HEAD[number], justify="left" if number < 2 else "right", no_wrap=True)
     for row in table_rows(runs):
-        texts = _texts(row)
+        texts = _texts(row, narrow=True)
         table.add_row(*(texts[number] for number in SHORT), style="bold" if row["method"] in DEMP else None)
     return table
 
@@ -108,12 +108,13 @@ def _cards(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return cards
 
 
-def _texts(row: dict[str, Any]) -> list[str]:
+def _texts(row: dict[str, Any], narrow: bool = False) -> list[str]:
     spread = f" ± {100 * row['accuracy_std']:.2f}" if row["runs"] > 1 else ""
+    seconds_spread = f" ± {row['train_seconds_std']:.1f}" if row["runs"] > 1 and not narrow else ""
     return [
         TITLES[row["method"]], row["level"], str(row["runs"]), f"{100 * row['accuracy']:.2f}{spread}",
         f"{row['sparsity']:.1%}", "" if row["neuron_sparsity"] is None else f"{row['neuron_sparsity']:.1%}", in_units(row["train_flops"]),
-        f"{row['train_seconds']:.1f}", f"{row['speedup']:.2f}x" if row["speedup"] else "", f"{row['inference_ms']:.3g}",
+        f"{row['train_seconds']:.1f}{seconds_spread}", f"{row['speedup']:.2f}x" if row["speedup"] else "", f"{row['inference_ms']:.3g}",
     ]
 
 

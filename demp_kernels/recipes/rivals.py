@@ -1,7 +1,7 @@
 """Structured pruning methods that DemP is compared with, on the same unit graph and the same compaction.
 
 A rival scores every unit, and at one moment of the run removes the lowest of all layers together until the network has
-the parameter sparsity asked for (at least one unit of every layer stays):
+the parameter sparsity asked for (at least one unit of every layer stays, with `round_to` at least so many):
 
     snap         |sum over batches of dL/dg_u|                             before training
     cropit       |sum over batches of (H g)_u|, H the Hessian in the gates  before training
@@ -9,11 +9,14 @@ the parameter sparsity asked for (at least one unit of every layer stays):
     l1           L1 norm of the unit's incoming weights, over its layer's mean, after a quarter of the run
     random       no score at all, before training
 
-A gate g_u = 1 multiplies the unit's output. Drift: d_t = |theta_t - theta_0| at the end of epoch t; it has settled when
-|d_t - d_{t-1}| / |theta_0| < 1 - sparsity, and is taken to be halfway through the run at the latest.
+A gate g_u = 1 multiplies the unit's output. What gates score goes in rounds, all at that moment: to `START`, then half of the
+way that is left each time, and to the end, with new scores of the network so far before each cut. One cut by scores of the whole
+network is known to be weaker. Drift: d_t = |theta_t - theta_0| at the end of epoch t; it has settled when
+|d_t - d_{t-1}| / |theta_0| < 1 - sparsity, and is taken to be halfway through the run at the latest. The authors put the share of
+units that go where the sparsity stands here, a looser bound: theirs can only prune earlier.
 
 Sources: SNAP, Verdenius et al., arXiv 2006.00896. CroP and the drift, Rachwan et al., arXiv 2206.10451; with the gates and
-ten batches as in the experiments of arXiv 2403.07688. L1, Li et al., arXiv 1608.08710 (there layer by layer).
+ten batches and five rounds as in the experiments of arXiv 2403.07688. L1, Li et al., arXiv 1608.08710 (there layer by layer).
 """
 from __future__ import annotations
 
@@ -39,6 +42,7 @@ from .methods import Plan
 __all__ = ["RIVALS", "Rival", "crop_scores", "l1_scores", "random_scores", "snap_scores"]
 
 SCORE_BATCHES = 10
+START, ROUNDS = 0.5, 5
 SETTLED_AT_THE_LATEST = 0.5
 Scores = dict[str, Tensor]
 """Activation name -> (units,), low for what is to go."""
@@ -142,6 +146,7 @@ class Rival:
     def __init__(self, name: str, sparsity: float) -> None:
         self.name, self.sparsity = name, sparsity
         self.scores, self.when = RIVALS[name]
+        self.sparsities = rounds_to(sparsity) if self.scores in (snap_scores, crop_scores) else [sparsity]
 
     def prepare(self, model: nn.Module, example: Tensor) -> nn.Module:
         return prepare(model, example)
@@ -186,11 +191,19 @@ class Rival:
 
     def _prune(self) -> None:
         settings = self._plan.settings
-        scores = self.scores(self._model, self._graph, self._plan.labelled_batches(SCORE_BATCHES), settings.seed)
-        target = (1 - self.sparsity) * self._at_first
-        dead = lowest_units(self._model, self._graph, scores, target, round_to=settings.round_to)
-        compact(self._model, self._optimizer, dead=dead, graph=self._graph)
+        for sparsity in self.sparsities:
+            scores = self.scores(self._model, self._graph, self._plan.labelled_batches(SCORE_BATCHES), settings.seed)
+            target = (1 - sparsity) * self._at_first
+            dead = lowest_units(self._model, self._graph, scores, target, round_to=settings.round_to)
+            compact(self._model, self._optimizer, dead=dead, graph=self._graph)
         self._initial, self._pruned = [], True
+
+
+def rounds_to(sparsity: float) -> list[float]:
+    """Sparsities of the rounds: `START`, then 1 - 2^-i of the way from there to `sparsity`, and `sparsity` itself."""
+    if sparsity <= START:
+        return [sparsity]
+    return [sparsity - (sparsity - START) / 2**i for i in range(ROUNDS + 1)] + [sparsity]
 
 
 def _norm(tensors: list[Tensor]) -> float:

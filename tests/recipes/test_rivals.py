@@ -10,9 +10,10 @@ from torch import nn
 
 import demp_kernels as dk
 from demp_kernels.graph import UnitGraph
+from demp_kernels.recipes import rivals
 from demp_kernels.recipes.methods import Plan
 from demp_kernels.recipes.models import ResNet18, build_model
-from demp_kernels.recipes.rivals import RIVALS, Rival, crop_scores, l1_scores, snap_scores
+from demp_kernels.recipes.rivals import RIVALS, Rival, crop_scores, l1_scores, rounds_to, snap_scores
 from demp_kernels.recipes.settings import TrainSettings
 from demp_kernels.training.budget import lowest_units
 
@@ -117,6 +118,31 @@ def test_a_rival_prunes_once_when_it_should(name: str, expected: int) -> None:
     pruned_at, rival, _ = run(name, [0.0] * 20)
     assert pruned_at == expected
     assert sum(rival.units()[0].values()) < sum(rival.units()[1].values())
+
+
+def test_gate_scores_cut_in_rounds_that_halve_the_way() -> None:
+    assert rounds_to(0.9) == pytest.approx([0.5, 0.7, 0.8, 0.85, 0.875, 0.8875, 0.9])
+    assert rounds_to(0.5) == [0.5] and rounds_to(0.2) == [0.2]
+
+
+@pytest.mark.parametrize("name", ["snap", "cropit"])
+def test_every_round_scores_the_network_that_the_last_one_left(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+    score = rivals._gate_scores
+
+    def watched(model: nn.Module, graph: UnitGraph, batches: Any, second_order: bool) -> dict[str, torch.Tensor]:
+        widths.append(sum(graph.units.values()))
+        return score(model, graph, batches, second_order)
+
+    monkeypatch.setattr(rivals, "_gate_scores", watched)
+    x = torch.randn(8, 6)
+    rival = Rival(name, 0.9)
+    model = rival.prepare(nn.Sequential(nn.Linear(6, 512), nn.ReLU(), nn.Linear(512, 3)), x)
+    at_first = sum(p.numel() for p in model.parameters())
+    plan = Plan(TrainSettings(round_to=1), 8, 4, lambda: [x], lambda count: [(x, torch.arange(8) % 3)] * count)
+    rival.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
+    assert len(widths) == 7 and widths == sorted(set(widths), reverse=True)
+    assert 0.9 <= 1 - sum(p.numel() for p in model.parameters()) / at_first < 0.91
 
 
 def test_drift_that_settles_is_when_early_methods_prune() -> None:
