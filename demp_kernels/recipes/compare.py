@@ -275,9 +275,11 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
     facts = json.loads(json.dumps(facts))
     file = settings.out / SETTINGS_FILE
     if file.is_file():
+        # a setting that is not there had its default: it came with a later version
+        defaults = json.loads(json.dumps(TrainSettings().as_json()))
         try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
+            before = {**defaults, **json.loads(file.read_text())}
+        except (ValueError, TypeError) as error:
             raise RecipeError(f"out has a damaged {SETTINGS_FILE}: {file}") from error
         for name in facts:
             if before.get(name) != facts[name]:

@@ -16,7 +16,7 @@ compares accuracy, sparsity and time. Finished runs are kept in --out: started a
 Without --sparsity the rivals prune to the parameter sparsity that each DemP run with the same seed reached."""
 
 REPLACED = (
-    "--peak-penalty", "--target-flops", "--target-sparsity", "--push-rate", "--seed", "--no-baseline", "--tensorboard",
+    "--peak-penalty", "--target-flops", "--target-sparsity", "--seed", "--no-baseline", "--tensorboard",
     "--save-every", "--resume", "--sync-batchnorm", "--preset",
 )
 

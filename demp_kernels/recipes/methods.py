@@ -134,7 +134,8 @@ def _steering(settings: TrainSettings) -> Steering | None:
     if settings.target_flops is None and settings.target_sparsity is None:
         return None
     return Steering(
-        settings.target_flops, settings.target_sparsity, until=settings.steer_until, rate=settings.push_rate
+        settings.target_flops, settings.target_sparsity, start=settings.steer_start, until=settings.steer_until,
+        rate=settings.push_rate,
     )
 
 

@@ -63,6 +63,7 @@ class TrainSettings:
     penalty_on: str | None = None
     target_flops: float | None = None
     target_sparsity: float | None = None
+    steer_start: float = Steering.start
     steer_until: float = Steering.until
     push_rate: float = Steering.rate
     round_to: int = 8
@@ -119,8 +120,11 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise RecipeError(f"{_flag(name)} must be above 0 and below 1, got {value}")
-        if not Steering.start < self.steer_until <= 1:
-            raise RecipeError(f"steer-until must be above {Steering.start} and at most 1, got {self.steer_until}")
+        if not 0 <= self.steer_start < self.steer_until <= 1:
+            raise RecipeError(
+                "steer-start and steer-until must be 0 <= start < until <= 1, got "
+                f"{self.steer_start:g} and {self.steer_until:g}"
+            )
         if not 0 < self.lr_factor <= 1:
             raise RecipeError(f"lr-factor must be above 0 and at most 1, got {self.lr_factor}")
         if any(not 0 < drop for drop in self.lr_drops):

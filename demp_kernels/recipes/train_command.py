@@ -70,6 +70,7 @@ FLAGS: list[tuple[str, dict[str, dict[str, Any]]]] = [
         "--target-flops": {"type": float, "help":
             "closed loop: push units towards death until this share of the operations is left; the peak penalty is then 0 where neither flag nor recipe gives one"},
         "--target-sparsity": {"type": float, "help": "likewise, until this share of the parameters is gone"},
+        "--steer-start": {"type": float, "help": "share of the run at which the way to the target begins (default: 0.05)"},
         "--steer-until": {"type": float, "help": "share of the run by which the target is to be met (default: 0.3)"},
         "--push-rate": {"type": float, "help": "what a pushed scale or offset moves in a step (default: 0.02)"},
         "--peak-noise": {"type": float, "help": "peak standard deviation of the weight noise (default: 5e-5)"},

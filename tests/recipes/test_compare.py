@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,13 @@ def test_the_preset_of_a_budget_goes_under_the_flags(monkeypatch: pytest.MonkeyP
     asked = []
     monkeypatch.setattr(compare_command, "compare", lambda settings, comparison: asked.append((settings.resolved(), comparison)))
     arguments = ["--recipe", "resnet18-cifar10-adamw", "--methods", "demp", "demp-fast", "--prune-every", "7", "--steer-until", "0.2"]
+    arguments += ["--steer-start", "0.1", "--push-rate", "0.04"]
     arguments += ["--peak-penalty", "0.01", "0.02"]  # of runs of the method demp
     assert main(["compare", *arguments]) == 0
     (settings, comparison), = asked
     *_, (_, level, changes) = module._demp_runs(settings, comparison)
     fast = dataclasses.replace(settings, **changes)
-    assert (fast.prune_every, fast.steer_until) == (7, 0.2)
+    assert (fast.prune_every, fast.steer_start, fast.steer_until, fast.push_rate) == (7, 0.1, 0.2, 0.04)
     assert (fast.criterion, fast.round_to, fast.peak_penalty, level) == ("window", 8, 0.0, "flops 0.2")
     assert (settings.criterion, settings.round_to) == ("scan", 1)
 
@@ -143,6 +145,20 @@ def test_refusals(
 def test_another_comparison_in_out_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--epochs", "13", "--out", str(finished)]) == 2
     assert "out has a comparison with epochs 12, got 13" in capsys.readouterr().err
+
+
+def test_a_setting_of_a_later_version_had_its_default(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "older")
+    file = tmp_path / "older" / "comparison.json"
+    older = json.loads(file.read_text())
+    del older["steer_start"]
+    file.write_text(json.dumps(older))
+    again = [*SMALL, "--methods", "dense", "demp", "snap", "l1", "--out", str(tmp_path / "older")]
+    assert main([*again, "--steer-start", "0.1"]) == 2
+    assert "out has a comparison with steer_start 0.05, got 0.1" in capsys.readouterr().err
+    assert main(again) == 0 and capsys.readouterr().out.count("there already") == 8
 
 
 def test_a_damaged_run_is_named(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
