@@ -129,8 +129,8 @@ class UnitGraph:
         Args:
             example_inputs: a tensor or a tuple of the forward's positional arguments; meta tensors will do.
 
-        Raises demp_kernels.graph.AnalysisError (a ValueError) if torch.export cannot capture the model, TypeError for a wrong argument, ValueError for a
-        model whose fused norms were made SyncBatchNorm, which lose their activations by it.
+        Raises demp_kernels.graph.AnalysisError (a ValueError) if torch.export cannot capture the model, TypeError for a wrong
+        argument, ValueError for a model whose fused norms were made SyncBatchNorm, which lose their activations by it.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"UnitGraph.trace: model must be an nn.Module, got {type(model).__name__}")

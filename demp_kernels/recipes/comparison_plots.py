@@ -19,9 +19,9 @@ def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, lab
     with drawing(5.6, 4.6) as (figure, svg):
         axes = figure.subplots()
         methods = list(dict.fromkeys(row["method"] for row in rows))
+        apart = what == "sparsity" and len(methods) > 2
         for number, method in enumerate(methods):
-            apart = what == "sparsity" and len(methods) > 2 and method != "dense"
-            aside = DODGE * (number - (len(methods) - 1) / 2) if apart else 0.0
+            aside = DODGE * (number - (len(methods) - 1) / 2) if apart and method != "dense" else 0.0
             own = sorted((row for row in rows if row["method"] == method), key=lambda row: row[what])
             axes.errorbar(
                 [_shown(row[what], what) + aside for row in own], [100 * row["accuracy"] for row in own],
@@ -33,7 +33,7 @@ def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, lab
                 [_shown(getattr(run, what), what) + aside for run in single], [100 * run.accuracy for run in single], s=9,
                 color=COLOURS[method], alpha=0.35, linewidths=0,
             )
-        axes.set_xlabel(f"{label} (methods drawn {DODGE:g} apart)" if what == "sparsity" and len(methods) > 2 else label)
+        axes.set_xlabel(f"{label} (methods drawn {DODGE:g} apart)" if apart else label)
         axes.set_ylabel("test accuracy, %")
         figure.legend(loc="outside lower center", fontsize=9, ncols=3)
     return svg()

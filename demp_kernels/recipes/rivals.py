@@ -146,7 +146,7 @@ class Rival:
     def __init__(self, name: str, sparsity: float) -> None:
         self.name, self.sparsity = name, sparsity
         self.scores, self.when = RIVALS[name]
-        self.sparsities = rounds_to(sparsity) if self.scores in (snap_scores, crop_scores) else [sparsity]
+        self.sparsities = round_sparsities(sparsity) if self.scores in (snap_scores, crop_scores) else [sparsity]
 
     def prepare(self, model: nn.Module, example: Tensor) -> nn.Module:
         return prepare(model, example)
@@ -199,7 +199,7 @@ class Rival:
         self._initial, self._pruned = [], True
 
 
-def rounds_to(sparsity: float) -> list[float]:
+def round_sparsities(sparsity: float) -> list[float]:
     """Sparsities of the rounds: `START`, then 1 - 2^-i of the way from there to `sparsity`, and `sparsity` itself."""
     if sparsity <= START:
         return [sparsity]

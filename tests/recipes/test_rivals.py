@@ -13,7 +13,7 @@ from demp_kernels.graph import UnitGraph
 from demp_kernels.recipes import rivals
 from demp_kernels.recipes.methods import Plan
 from demp_kernels.recipes.models import ResNet18, build_model
-from demp_kernels.recipes.rivals import RIVALS, Rival, crop_scores, l1_scores, rounds_to, snap_scores
+from demp_kernels.recipes.rivals import RIVALS, Rival, crop_scores, l1_scores, round_sparsities, snap_scores
 from demp_kernels.recipes.settings import TrainSettings
 from demp_kernels.training.budget import lowest_units
 
@@ -121,8 +121,8 @@ def test_a_rival_prunes_once_when_it_should(name: str, expected: int) -> None:
 
 
 def test_gate_scores_cut_in_rounds_that_halve_the_way() -> None:
-    assert rounds_to(0.9) == pytest.approx([0.5, 0.7, 0.8, 0.85, 0.875, 0.8875, 0.9])
-    assert rounds_to(0.5) == [0.5] and rounds_to(0.2) == [0.2]
+    assert round_sparsities(0.9) == pytest.approx([0.5, 0.7, 0.8, 0.85, 0.875, 0.8875, 0.9])
+    assert round_sparsities(0.5) == [0.5] and round_sparsities(0.2) == [0.2]
 
 
 @pytest.mark.parametrize("name", ["snap", "cropit"])
