@@ -1,6 +1,7 @@
 """Closed loop: costs against torch's counter, the budget's curve, the push, the guard, a run that meets its budget."""
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import demp_kernels as dk
 from demp_kernels.graph import UnitGraph
 from demp_kernels.recipes.flops import count_flops
 from demp_kernels.recipes.models import ResNet18
-from demp_kernels.training.budget import flops_cost, lowest_units, parameter_cost
+from demp_kernels.training.budget import flops_cost, lowest_units, parameter_cost, unit_savings
 
 
 def small(normalised: bool = True) -> Any:
@@ -56,6 +57,72 @@ def test_costs_of_widths_are_those_of_the_removed_network() -> None:
     dk.compact(model, dead=dead, graph=graph)
     assert expected == (flops({}), parameters({}))
     assert 2 * flops({}) == count_flops(model, x)
+
+
+@pytest.mark.parametrize("by_flops", [True, False])
+def test_savings_are_those_of_the_removed_units(by_flops: bool) -> None:
+    x = torch.randn(1, 1, 8, 8)
+    model = dk.prepare(ResNet18(1, 10, 16), torch.randn(2, 1, 8, 8))
+    graph = UnitGraph.trace(model, x)
+    cost = flops_cost(model, (x,)) if by_flops else parameter_cost(model)
+    savings = unit_savings(model, graph, cost)
+    # oneDNN#6035: a strided 1x1 convolution reads it, which keeps 16 inputs
+    assert [name for name, saved in savings.items() if saved == 0] == ["blocks.1.bn2.act"]
+    for name, saved in savings.items():
+        smaller, units = copy.deepcopy(model), graph.units[name]
+        dk.compact(smaller, dead={name: torch.arange(units) < units // 2}, graph=UnitGraph.trace(smaller, x))
+        left = (flops_cost(smaller, (x,)) if by_flops else parameter_cost(smaller))({})
+        assert saved == (cost({}) - left) / (units // 2), name
+
+
+def test_units_that_must_stay_are_not_pushed() -> None:
+    """The outputs of a network, and inputs that a layer needs a number of."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 24, 3), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 40, 1, stride=2), nn.BatchNorm2d(40), nn.ReLU()
+    )
+    x = torch.randn(2, 1, 9, 9)
+    model = dk.prepare(net, x)
+    graph = UnitGraph.trace(model, x)
+    first, last = graph.units
+    assert unit_savings(model, graph, parameter_cost(model)) == {first: pytest.approx((9 + 1 + 2 + 40) * 8 / 12), last: 0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    demp = dk.DemP(model, optimizer, total_steps=10, peak_penalty=0.0, steering=dk.Steering(target_sparsity=0.9))
+    assert demp._steerer.scores()[last].isinf().all()
+    demp._steerer.choose(10)
+    assert {name: int(mask.sum()) for name, mask in demp._steerer.pushed.items()} == {first: 24 - 16, last: 0}
+
+
+def test_a_score_is_strength_over_place_and_saving() -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    demp = dk.DemP(model, optimizer, total_steps=10, peak_penalty=0.0, steering=dk.Steering(target_sparsity=0.5))
+    scale = dict(model.named_parameters())["1.weight"]
+    with torch.no_grad():
+        scale.copy_(torch.tensor([3.0, -2, 1, 0, 4, 5, 6, 7, 8, 9, 10, 11]))
+    place = torch.tensor([9, 10, 11, 12, 8, 7, 6, 5, 4, 3, 2, 1])
+    rows = dict(model.named_parameters())["3.weight"].detach().abs().sum(1)
+    first, second = demp._steerer.scores().values()
+    # a unit of the first layer: 6 weights, its bias, scale and offset, 9 weights that read it; of the second: 12, 1, 3
+    torch.testing.assert_close(first, scale.detach().abs() * 12 / (place * 18))
+    order = rows.argsort(descending=True)
+    torch.testing.assert_close(second[order], rows[order] / rows.mean() * 9 / (torch.arange(1, 10) * 16))
+
+
+def test_equal_strengths_leave_shares_by_what_a_unit_costs() -> None:
+    """N / k in proportion to c, up to one unit, where no layer is at its floor."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4)
+    )
+    model = dk.prepare(net, torch.randn(2, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    demp = dk.DemP(model, optimizer, total_steps=10, peak_penalty=0.0, steering=dk.Steering(target_sparsity=0.4, floor=0.0))
+    demp._steerer.choose(10)
+    left = [int((~mask).sum()) for mask in demp._steerer.pushed.values()]
+    saved = (8 + 3 + 32, 64 + 3 + 4)
+    assert left[0] / 64 < 1 and left[1] / 32 < 1
+    assert abs(left[0] / 64 * saved[0] / saved[1] - left[1] / 32) <= 1 / 32
 
 
 def test_a_floor_holds_in_every_layer() -> None:
@@ -129,6 +196,24 @@ def test_only_the_chosen_units_are_pushed() -> None:
     if chosen.any():
         assert (scale[chosen] < 1).all() and (scale[chosen] >= 1 - 0.01 * steps - 1e-6).all()
         assert (offset[chosen] <= -0.01 + 1e-6).all()
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_an_offset_falls_faster_once_the_strength_is_zero(normalised: bool) -> None:
+    model = small(normalised)
+    weight, bias = (dict(model.named_parameters())[f"{1 if normalised else 0}.{name}"] for name in ("weight", "bias"))
+    with torch.no_grad():
+        weight.fill_(1.0)
+        weight[0], weight[1] = 0.035, 0.0  # zero with the fourth step, from the first one on
+        bias.zero_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    demp = dk.DemP(model, optimizer, total_steps=10, peak_penalty=0.0, steering=dk.Steering(target_flops=0.5, rate=0.01))
+    steerer = demp._steerer
+    steerer.pushed = {name: torch.arange(units) < 3 for name, units in demp.graph.units.items()}
+    steerer._plan_pushes()
+    for _ in range(6):
+        steerer._push(None)
+    torch.testing.assert_close(bias[:4].detach(), torch.tensor([-0.01 * (3 + 5 * 3), -0.05 * 6, -0.01 * 6, 0.0]))
 
 
 def test_the_guard_rests_while_the_loss_is_high() -> None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from ..graph import UnitGraph
 from ..graph.capture import evaluation_mode, materialise
 
-__all__ = ["Cost", "flops_cost", "lowest_units", "parameter_cost"]
+__all__ = ["Cost", "flops_cost", "lowest_units", "parameter_cost", "unit_savings"]
 
 Cost = Callable[[Mapping[int, tuple[int, ...]]], float]
 """Cost of a model whose parameters have these shapes, by id; those that are not named have the shape they have now."""
@@ -65,6 +65,17 @@ def flops_cost(model: nn.Module, example_inputs: tuple[Any, ...], block: int = 1
     return cost
 
 
+def unit_savings(model: nn.Module, graph: UnitGraph, cost: Cost) -> dict[str, float]:
+    """Activation name -> how far the cost falls for each of its units that goes, all other activations as they are: a mean
+    over half of them, since single ones may have to stay. 0 where none can go."""
+    full, savings = cost({}), {}
+    for name, units in graph.units.items():
+        dead = torch.arange(units) < -(-units // 2)
+        left = cost(graph.widths(model, graph.keep({name: dead}).atoms).shapes)
+        savings[name] = (full - left) / int(dead.sum())
+    return savings
+
+
 def lowest_units(
     model: nn.Module, graph: UnitGraph, scores: Mapping[str, Tensor], budget: float, *, cost: Cost | None = None,
     round_to: int = 1, floor: float = 0.0, min_units: int = 1,
@@ -77,7 +88,7 @@ def lowest_units(
         round_to: of every layer a multiple of this stays, where it had as many.
         floor, min_units: share of the units at the analysis, and number, that every layer keeps.
 
-    If the budget is out of reach, all that may go.
+    Units that would stay all the same (`Keep`) are not among them. If the budget is out of reach, all that may go.
     """
     cost = cost or parameter_cost(model)
     order = torch.cat([scores[name].flatten().cpu() for name in graph.units]).argsort(stable=True)
@@ -102,4 +113,6 @@ def lowest_units(
             high = middle
         else:
             low = middle + 1
-    return lowest(low)
+    dead = lowest(low)
+    kept = graph.keep(dead).atoms
+    return {a.name: dead[a.name] & ~torch.from_numpy(kept[a.atoms]) for a in graph.activations}

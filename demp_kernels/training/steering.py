@@ -7,10 +7,17 @@ So the push is a step of its own behind the optimiser's, as AdamW's weight decay
 
     gamma <- sign(gamma) max(|gamma| - r, 0)    scale of its normalisation (the proximal step of r |gamma|)
     w     <- sign(w) max(|w| - r, 0)            row of weights, where no normalisation follows
-    beta  <- beta - r                           offsets
+    beta  <- beta - r                           offsets; by 5 r once the strength is zero
 
 until the unit is silent for whatever it is given. The units with the lowest scores are pushed, all layers compared together:
-|gamma|, or the L1 norm of the row over its layer's mean.
+
+    score = s N / (k c)
+
+s: strength, |gamma|, or the L1 norm of the row over its layer's mean. N: units of the layer at the analysis. k: the unit's
+place in its layer, 1 for the strongest, so that halving a layer counts as much however few of its units are left. c: what
+the cost falls by when one unit of the layer goes. Of layers equally strong each keeps a share N / k in proportion to 1 / c.
+By s alone, which knows neither, layers end as bottlenecks of two units: 88.2% instead of 89.5% (ResNet-18 of width 16,
+Fashion-MNIST, 90% of the parameters gone, on training images held out, mean of seeds 0 to 2).
 """
 from __future__ import annotations
 
@@ -26,13 +33,17 @@ from torch.optim import Optimizer
 from ..compaction.optimizer import parameters_of
 from ..compaction.state_checks import entry
 from ..graph import UnitGraph
-from .budget import flops_cost, lowest_units, parameter_cost
+from .budget import flops_cost, lowest_units, parameter_cost, unit_savings
 from .penalty import NORMALISATIONS
 
 __all__ = ["Steerer", "Steering"]
 
 CONTROLS = 30
 """How often, at most, the units to push are chosen anew on the way to the budget."""
+HASTE = 5
+"""How many times faster an offset falls once the strength is zero. Behind a residual addition it has to outweigh what the skip
+brings: at 1, the last units of ResNet-18 of width 16 were still there at the end, 630 steps later, their offsets at -15 (90%
+of the parameters to go, rate 0.02); at 5 the budget was met. Not from the beginning: until then the layers behind adapt."""
 MEMORY = 0.95
 """Of the running mean of the loss, a step: about twenty steps."""
 
@@ -107,7 +118,8 @@ class Steerer:
         self.pushed: dict[str, Tensor] = {}
         self.losses: Tensor | None = None
         """(3,) float64: running mean of the loss, its lowest, the first loss."""
-        self._pushes: list[tuple[nn.Parameter, Tensor, bool]] = []
+        self._pushes: list[tuple[nn.Parameter, Tensor, nn.Parameter | None]] = []
+        """(parameter, what is taken off each row, None, or, for an offset, the strength of the same units)"""
 
     def step(self, step: int, loss: Tensor | None) -> None:
         """Push, after the optimiser's step number `step`. loss: the mean over all ranks, a scalar, or None."""
@@ -130,18 +142,17 @@ class Steerer:
         self._plan_pushes()
 
     def scores(self) -> dict[str, Tensor]:
-        """Activation name -> (units,) on the CPU; units that no parameter makes are never pushed."""
-        found: dict[str, list[Tensor]] = {name: [] for name in self.graph.units}
-        for _, activation, p in self._strengths():
-            size = p.detach().abs()
-            if p.dim() > 1:
-                size = size.flatten(1).sum(1)
-                size = size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
-            found[activation].append(size)
-        return {
-            name: torch.stack(sizes).mean(0).cpu().float() if sizes else torch.full((self.graph.units[name],), torch.inf)
-            for name, sizes in found.items()
-        }
+        """Activation name -> (units,) on the CPU; infinite, so that they are never pushed, for units that no parameter makes
+        or whose going saves nothing."""
+        savings = unit_savings(self.model, self.graph, self.cost)
+        scores = {}
+        for name, strength in self._strengths().items():
+            if strength is None or savings[name] <= 0:
+                scores[name] = torch.full((self.graph.units[name],), torch.inf)
+                continue
+            place = strength.argsort(descending=True, stable=True).argsort() + 1
+            scores[name] = strength * self.graph.total_units[name] / (place * savings[name])
+        return scores
 
     # --- state ---
 
@@ -177,7 +188,18 @@ class Steerer:
             if p is not None and p.requires_grad and id(p) in trained and len(p) == self.graph.units[activation]
         ]
 
-    def _strengths(self) -> list[tuple[str, str, nn.Parameter]]:
+    def _strengths(self) -> dict[str, Tensor | None]:
+        """Activation name -> (units,) on the CPU, a mean where several parameters make them; None where none does."""
+        found: dict[str, list[Tensor]] = {name: [] for name in self.graph.units}
+        for _, activation, p in self._measures():
+            size = p.detach().abs()
+            if p.dim() > 1:
+                size = size.flatten(1).sum(1)
+                size = size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
+            found[activation].append(size)
+        return {name: torch.stack(sizes).mean(0).cpu().float() if sizes else None for name, sizes in found.items()}
+
+    def _measures(self) -> list[tuple[str, str, nn.Parameter]]:
         """Scales of normalisations; of activations that have none in front, the weights."""
         scales = {id(m.weight) for m in self.model.modules() if isinstance(m, NORMALISATIONS)}
         gated = self._gated()
@@ -189,25 +211,32 @@ class Steerer:
         return any(len(mask) != units.get(name) for name, mask in self.pushed.items())
 
     def _plan_pushes(self) -> None:
-        """(parameter, what is taken off each row, whether it is an offset) for all parameters with a pushed row."""
-        strengths = {id(p) for _, _, p in self._strengths()}
+        """What `_push` moves: all parameters with a pushed row, strengths in front of the offsets that go by them."""
+        measures = {id(p) for _, _, p in self._measures()}
+        parameters = dict(self.model.named_parameters())
         self._pushes = []
-        for _, activation, p in self._gated():
+        for name, activation, p in self._gated():
             mask = self.pushed.get(activation)
-            if mask is not None and mask.any() and (id(p) in strengths or p.dim() == 1):
-                rows = mask.to(p.device, p.dtype).mul_(self.steering.rate).view(-1, *[1] * (p.dim() - 1))
-                self._pushes.append((p, rows, id(p) not in strengths))
+            if mask is None or not mask.any():
+                continue
+            rows = mask.to(p.device, p.dtype).mul_(self.steering.rate).view(-1, *[1] * (p.dim() - 1))
+            if id(p) in measures:
+                self._pushes.insert(0, (p, rows, None))
+            elif p.dim() == 1:
+                weight = parameters.get(name.rpartition(".")[0] + ".weight")
+                self._pushes.append((p, rows, weight if id(weight) in measures else p))
 
     @torch.no_grad()
     def _push(self, resting: Tensor | None) -> None:
-        for p, rows, is_offset in self._pushes:
+        for p, rows, strength in self._pushes:
             if resting is not None:
                 rows = torch.where(resting.to(rows.device), 0.0, rows)
-            if is_offset:
-                p.sub_(rows)
-            else:
+            if strength is None:
                 # of weights too: taking off a share, (1 - r) w, loses to an Adam step at |w| = lr / r
                 p.copy_(p.sign() * (p.abs() - rows).clamp_min_(0))
+            else:
+                used_up = (strength == 0).flatten(1).all(1) if strength.dim() > 1 else strength == 0
+                p.sub_(torch.where(used_up, HASTE * rows, rows))
 
     @torch.no_grad()
     def _resting(self, loss: Tensor) -> Tensor:

@@ -104,7 +104,13 @@ def test_lowest_units_reach_the_sparsity_and_no_more(sparsity: float, round_to: 
     highest_removed = max(scores[name][mask].max() for name, mask in dead.items() if mask.any())
     if round_to == 1:
         # one percentile over all layers; only what a layer must keep may lie below it
-        assert all((~mask & (scores[name] < highest_removed)).sum() <= 1 for name, mask in dead.items())
+        for name, mask in dead.items():
+            below = int((~mask & (scores[name] < highest_removed)).sum())
+            if name in ("blocks.1.bn2.act", "blocks.3.bn2.act", "blocks.5.bn2.act"):
+                # strided 1x1 convolutions read them (oneDNN#6035): 16 inputs stay
+                assert below == 0 or (~mask).sum() == min(16, len(mask)), name
+            else:
+                assert below <= 1, name
     assert all((~mask).sum() >= 1 and (~mask).sum() % round_to == 0 for mask in dead.values())
     dk.compact(model, dead=dead, graph=graph)
     left = sum(p.numel() for p in model.parameters())
