@@ -199,21 +199,25 @@ def test_only_the_chosen_units_are_pushed() -> None:
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_an_offset_falls_faster_once_the_strength_is_zero(normalised: bool) -> None:
+def test_an_offset_falls_faster_when_it_is_late_and_the_strength_is_zero(normalised: bool) -> None:
     model = small(normalised)
     weight, bias = (dict(model.named_parameters())[f"{1 if normalised else 0}.{name}"] for name in ("weight", "bias"))
     with torch.no_grad():
         weight.fill_(1.0)
-        weight[0], weight[1] = 0.035, 0.0  # zero with the fourth step, from the first one on
+        weight[0], weight[1] = 0.085, 0.0  # zero with the ninth step, from the first one on
         bias.zero_()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    demp = dk.DemP(model, optimizer, total_steps=10, peak_penalty=0.0, steering=dk.Steering(target_flops=0.5, rate=0.01))
-    steerer = demp._steerer
-    steerer.pushed = {name: torch.arange(units) < 3 for name, units in demp.graph.units.items()}
+    steering = dk.Steering(target_flops=0.5, rate=0.01, start=0.0, until=0.5)
+    steerer = dk.DemP(model, optimizer, total_steps=10, peak_penalty=0.0, steering=steering)._steerer
+    pushed = {name: torch.arange(units) < 3 for name, units in steerer.graph.units.items()}
+    steerer.choose = lambda step: None
+    steerer.pushed = pushed
     steerer._plan_pushes()
-    for _ in range(6):
-        steerer._push(None)
-    torch.testing.assert_close(bias[:4].detach(), torch.tensor([-0.01 * (3 + 5 * 3), -0.05 * 6, -0.01 * 6, 0.0]))
+    for step in range(1, 12):
+        steerer.step(step, None)
+    # six steps too late: the first unit's strength is zero in three of them, the second's in all, the third's in none
+    expected = [-0.01 * (5 + 3 + 5 * 3), -0.01 * (5 + 5 * 6), -0.01 * 11, 0.0]
+    torch.testing.assert_close(bias[:4].detach(), torch.tensor(expected))
 
 
 def test_the_guard_rests_while_the_loss_is_high() -> None:

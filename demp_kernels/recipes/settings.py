@@ -178,9 +178,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Name -> settings that go over a recipe's and under the flags.
 
 fast: the open-loop penalty kills units late, when the learning rate has been high for some time; pushed by a budget (see
-`Steering`) they are gone by 30% of the run. On the digits, seeds 0 to 2, the run then takes 43% to 44% of the dense one's
-operations (55% with the default penalty, seed 0) and ends with 22% to 24% of them at 99.2% to 99.4% accuracy, mean 99.3%, as
-with the penalty; dense 99.7%. Other trials lost about 0.8 points."""
+`Steering`) they are gone by 30% of the run. On the digits, seeds 0 to 2, the run then takes 39% of the dense one's operations
+(55% with the default penalty, seed 0) and ends with 20% of them at 99.2% to 99.7% accuracy, mean 99.4%; with the penalty
+99.3%, dense 99.7%."""
 
 
 def defaults_for(data: str, model: str) -> dict[str, Any]:

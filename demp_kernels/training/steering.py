@@ -7,7 +7,7 @@ So the push is a step of its own behind the optimiser's, as AdamW's weight decay
 
     gamma <- sign(gamma) max(|gamma| - r, 0)    scale of its normalisation (the proximal step of r |gamma|)
     w     <- sign(w) max(|w| - r, 0)            row of weights, where no normalisation follows
-    beta  <- beta - r                           offsets; by 5 r once the strength is zero
+    beta  <- beta - r                           offsets; past the end of the way by 5 r, where the strength is zero
 
 until the unit is silent for whatever it is given. The units with the lowest scores are pushed, all layers compared together:
 
@@ -41,9 +41,9 @@ __all__ = ["Steerer", "Steering"]
 CONTROLS = 30
 """How often, at most, the units to push are chosen anew on the way to the budget."""
 HASTE = 5
-"""How many times faster an offset falls once the strength is zero. Behind a residual addition it has to outweigh what the skip
-brings: at 1, the last units of ResNet-18 of width 16 were still there at the end, 630 steps later, their offsets at -15 (90%
-of the parameters to go, rate 0.02); at 5 the budget was met. Not from the beginning: until then the layers behind adapt."""
+"""How many times faster an offset falls whose unit should be gone and has no strength left. Behind a residual addition it has
+to outweigh what the skip brings: at 1, the last units of ResNet-18 of width 16 were still there at the end, 630 steps late,
+their offsets at -15 (90% of the parameters to go, rate 0.02); at 5 the budget was met."""
 MEMORY = 0.95
 """Of the running mean of the loss, a step: about twenty steps."""
 
@@ -130,7 +130,7 @@ class Steerer:
         on_the_way = step <= steering.until * self.total_steps and step % self.every == 0
         if on_the_way or not self.pushed or self._widths_changed():
             self.choose(step)
-        self._push(resting)
+        self._push(resting, haste=HASTE if step > steering.until * self.total_steps else 1)
 
     def choose(self, step: int) -> None:
         """Which units are pushed from now on."""
@@ -227,16 +227,18 @@ class Steerer:
                 self._pushes.append((p, rows, weight if id(weight) in measures else p))
 
     @torch.no_grad()
-    def _push(self, resting: Tensor | None) -> None:
+    def _push(self, resting: Tensor | None, haste: int = 1) -> None:
         for p, rows, strength in self._pushes:
             if resting is not None:
                 rows = torch.where(resting.to(rows.device), 0.0, rows)
             if strength is None:
                 # of weights too: taking off a share, (1 - r) w, loses to an Adam step at |w| = lr / r
                 p.copy_(p.sign() * (p.abs() - rows).clamp_min_(0))
+            elif haste == 1:
+                p.sub_(rows)
             else:
                 used_up = (strength == 0).flatten(1).all(1) if strength.dim() > 1 else strength == 0
-                p.sub_(torch.where(used_up, HASTE * rows, rows))
+                p.sub_(torch.where(used_up, haste * rows, rows))
 
     @torch.no_grad()
     def _resting(self, loss: Tensor) -> Tensor:
