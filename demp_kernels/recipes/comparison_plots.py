@@ -16,7 +16,7 @@ DODGE = 0.5
 def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, label: str) -> str:
     """Test accuracy of each method against `what`, a column of the table: mean over the seeds, with bars of one standard
     deviation; methods with several levels as a line, every single run as a faint point."""
-    with drawing(5.6, 4.6) as (figure, svg):
+    with drawing(5.6, 5.0) as (figure, svg):
         axes = figure.subplots()
         methods = list(dict.fromkeys(row["method"] for row in rows))
         apart = what == "sparsity" and len(methods) > 2
@@ -30,12 +30,12 @@ def accuracy_against(rows: list[dict[str, Any]], runs: list[Run], what: str, lab
             )
             single = [run for run in runs if run.method == method]
             axes.scatter(
-                [_shown(getattr(run, what), what) + aside for run in single], [100 * run.accuracy for run in single], s=9,
-                color=COLOURS[method], alpha=0.35, linewidths=0,
+                [_shown(getattr(run, what), what) + aside for run in single], [100 * run.accuracy for run in single], s=14,
+                color=COLOURS[method], alpha=0.5, linewidths=0,
             )
         axes.set_xlabel(f"{label} (methods drawn {DODGE:g} apart)" if apart else label)
         axes.set_ylabel("test accuracy, %")
-        figure.legend(loc="outside lower center", fontsize=9, ncols=3)
+        figure.legend(loc="outside lower center", fontsize=9, ncols=2)
     return svg()
 
 

@@ -7,14 +7,17 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from image_files import write_idx
 
 from demp_kernels.cli import main
 from demp_kernels.recipes import compare as module
-from demp_kernels.recipes import compare_command, comparison_report
+from demp_kernels.recipes import compare_command, comparison_plots, comparison_report
 from demp_kernels.recipes.compare import Comparison, Run, table_rows
 from demp_kernels.recipes.errors import RecipeError
 from demp_kernels.recipes.loop import RunResult
@@ -213,6 +216,23 @@ def test_the_page_of_a_comparison_that_went_on_elsewhere(tmp_path: Path) -> None
     comparison_report.write(tmp_path, TrainSettings().resolved(), runs, {})
     assert "one machine; another machine" in (tmp_path / "table.md").read_text()
     assert "training speed against dense" not in (tmp_path / "comparison.html").read_text()
+
+
+def test_the_names_of_all_methods_fit_below_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, drawing = [], comparison_plots.drawing
+
+    @contextmanager
+    def watched(width: float, height: float) -> Iterator[Any]:
+        with drawing(width, height) as (figure, svg):
+            figures.append(figure)
+            yield figure, svg
+
+    monkeypatch.setattr(comparison_plots, "drawing", watched)
+    runs = [Run(method, "", 0, 0.5, 0.9, 0.5, 10, 4.0, 1.0, RunResult(method)) for method in module.METHODS]
+    comparison_plots.accuracy_against(table_rows(runs), runs, "train_seconds", "training seconds")
+    (figure,) = figures
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1 and 0 <= box.y0 < box.y1 < figure.bbox.y1 / 2
 
 
 def test_speed_up_is_against_the_dense_run_of_the_same_seed() -> None:
