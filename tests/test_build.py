@@ -160,16 +160,18 @@ def test_tune_allocator_keeps_large_blocks(tmp_path: Path) -> None:
         "tuning = dk.tune_allocator()\n"
         "fill = lambda: torch.ones(16 * 2**20)\n"
         "for _ in range(8): fill()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(16): fill()\n"
-        "print(int(tuning.applied), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+        "print(int(tuning.applied))\n"
+        "for _ in range(16):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    fill()\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
     assert done.returncode == 0, done.stderr
-    applied, faults = map(int, done.stdout.split())
-    # Untuned it is 16 x 16,384 pages of 4 KiB. glibc before 2.38 moves an aligned block to a new place when a small one took
-    # a few bytes of the old: twice in a process, as a rule within the first three, in one of some dozens of runs later.
+    applied, *faults = map(int, done.stdout.split())
+    # Untuned each takes 16,384 pages of 4 KiB. glibc before 2.38 moves an aligned block to a new place when a small one took a
+    # few bytes of the old: as a rule within the first three fills, but two later moves have been seen in one process.
     if applied:
-        assert faults < 4 * 16_384
+        assert sum(sorted(faults)[:-2]) < 1000 and len(faults) == 16, faults
 
 
 @needs_kernels
