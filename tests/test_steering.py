@@ -60,6 +60,7 @@ def test_costs_of_widths_are_those_of_the_removed_network() -> None:
 
 
 @pytest.mark.parametrize("by_flops", [True, False])
+@pytest.mark.usefixtures("simd_of_16")
 def test_savings_are_those_of_the_removed_units(by_flops: bool) -> None:
     x = torch.randn(1, 1, 8, 8)
     model = dk.prepare(ResNet18(1, 10, 16), torch.randn(2, 1, 8, 8))
@@ -75,6 +76,7 @@ def test_savings_are_those_of_the_removed_units(by_flops: bool) -> None:
         assert saved == (cost({}) - left) / (units // 2), name
 
 
+@pytest.mark.usefixtures("simd_of_16")
 def test_units_that_must_stay_are_not_pushed() -> None:
     """The outputs of a network, and inputs that a layer needs a number of."""
     torch.manual_seed(0)
@@ -93,7 +95,7 @@ def test_units_that_must_stay_are_not_pushed() -> None:
     assert {name: int(mask.sum()) for name, mask in demp._steerer.pushed.items()} == {first: 24 - 16, last: 0}
 
 
-def test_a_score_is_strength_over_place_and_saving() -> None:
+def test_a_score_for_parameters_is_strength_over_place_and_saving() -> None:
     model = small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     demp = dk.DemP(model, optimizer, total_steps=10, peak_penalty=0.0, steering=dk.Steering(target_sparsity=0.5))
@@ -107,6 +109,18 @@ def test_a_score_is_strength_over_place_and_saving() -> None:
     torch.testing.assert_close(first, scale.detach().abs() * 12 / (place * 18))
     order = rows.argsort(descending=True)
     torch.testing.assert_close(second[order], rows[order] / rows.mean() * 9 / (torch.arange(1, 10) * 16))
+
+
+def test_a_score_for_operations_is_strength() -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    demp = dk.DemP(model, optimizer, total_steps=10, peak_penalty=0.0, steering=dk.Steering(target_flops=0.5))
+    scale, rows = (dict(model.named_parameters())[name].detach() for name in ("1.weight", "3.weight"))
+    scale.copy_(torch.linspace(-3, 2, 12))
+    first, second = demp._steerer.scores().values()
+    torch.testing.assert_close(first, scale.abs())
+    sizes = rows.abs().sum(1)
+    torch.testing.assert_close(second, sizes / sizes.mean())
 
 
 def test_equal_strengths_leave_shares_by_what_a_unit_costs() -> None:

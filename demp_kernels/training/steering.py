@@ -11,13 +11,17 @@ So the push is a step of its own behind the optimiser's, as AdamW's weight decay
 
 until the unit is silent for whatever it is given. The units with the lowest scores are pushed, all layers compared together:
 
-    score = s N / (k c)
+    score = s              for a budget of operations
+    score = s N / (k c)    for one of parameters
 
 s: strength, |gamma|, or the L1 norm of the row over its layer's mean. N: units of the layer at the analysis. k: the unit's
 place in its layer, 1 for the strongest, so that halving a layer counts as much however few of its units are left. c: what
 the cost falls by when one unit of the layer goes. Of layers equally strong each keeps a share k / N in proportion to 1 / c.
-By s alone, which knows neither, layers end as bottlenecks of two units: 88.2% instead of 89.5% (ResNet-18 of width 16,
-Fashion-MNIST, 90% of the parameters gone, on training images held out, mean of seeds 0 to 2).
+
+Parameters lie in the late, wide layers, and these can spare them: by s alone, layers end as bottlenecks of two units, 88.2%
+instead of 89.5% (ResNet-18 of width 16, Fashion-MNIST, 90% of the parameters gone). Operations lie evenly in all stages, but
+a unit of an early, narrow layer has most of them: divided by c, an early layer keeps an eighth, 88.4% instead of 90.0%
+(width 32, 0.12 of the operations by 0.05 of the run). Both on training images held out, means of two or three seeds.
 """
 from __future__ import annotations
 
@@ -159,9 +163,11 @@ class Steerer:
         for name, strength in self._strengths().items():
             if strength is None or savings[name] <= 0:
                 scores[name] = torch.full((self.graph.units[name],), torch.inf)
-                continue
-            place = strength.argsort(descending=True, stable=True).argsort() + 1
-            scores[name] = strength * self.graph.total_units[name] / (place * savings[name])
+            elif self.steering.target_flops is not None:
+                scores[name] = strength
+            else:
+                place = strength.argsort(descending=True, stable=True).argsort() + 1
+                scores[name] = strength * self.graph.total_units[name] / (place * savings[name])
         return scores
 
     # --- state ---

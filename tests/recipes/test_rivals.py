@@ -93,6 +93,7 @@ def test_l1_is_the_norm_of_incoming_weights() -> None:
 
 @pytest.mark.parametrize("round_to", [1, 4])
 @pytest.mark.parametrize("sparsity", [0.3, 0.8, 0.97])
+@pytest.mark.usefixtures("simd_of_16")
 def test_lowest_units_reach_the_sparsity_and_no_more(sparsity: float, round_to: int) -> None:
     x = torch.randn(2, 1, 8, 8)
     model = dk.prepare(ResNet18(1, 10, 8), x)
