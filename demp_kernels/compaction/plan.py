@@ -80,7 +80,8 @@ class Plan:
         self.counters += [c for c in other.counters if id(c[0]) not in counted]
         shifted = {id(s.tensor) for s in self.shifts}
         self.shifts += [s for s in other.shifts if id(s.tensor) not in shifted]
-        self.selections += other.selections
+        selected = {id(s.module) for s in self.selections}
+        self.selections += [s for s in other.selections if id(s.module) not in selected]
         self.attributes += other.attributes
         self.modules += other.modules
 

@@ -64,6 +64,21 @@ def test_what_a_follower_shares_with_the_model_is_cut_once() -> None:
     torch.testing.assert_close(twin(x), shared, rtol=0, atol=1e-9)
 
 
+def test_additions_that_followers_share_are_cut_once() -> None:
+    torch.manual_seed(0)
+    model = ResNet().double()
+    twin = copy.deepcopy(model)
+    twin.blocks = model.blocks
+    x = inputs(dtype=torch.float64)
+    graph = UnitGraph.trace(model, x)
+    dead = {name: torch.arange(units) % 3 == place % 3 for place, (name, units) in enumerate(graph.units.items())}
+    dk.compact(model, None, dead=dead, graph=graph, followers=[twin, model])
+    assert any(block.add.index is not None for block in model.blocks)
+    assert twin.blocks is model.blocks and twin.head.weight.shape == model.head.weight.shape
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.eval()(x), model.eval()(x))
+
+
 def test_averages_of_buffers_leave_selections_alone() -> None:
     """torch averages integer buffers in floating point: 3 became 2 in an addition's table, and its indices moved."""
     torch.manual_seed(0)
