@@ -194,6 +194,18 @@ def test_finalize_gives_plain_modules_with_the_same_function(name: str) -> None:
     torch.save(plain.state_dict(), buffer)
 
 
+def test_finalize_keeps_tensors_that_the_forward_does_not_reach() -> None:
+    class Aliases(FunctionalNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again, self.unused = self.conv1, nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+    model, x = Aliases(), torch.randn(2, 3, 8, 8)
+    plain = dk.finalize(dk.prepare(model, x))
+    model.load_state_dict(plain.state_dict())  # strict
+    assert not any(type(m).__module__.startswith("demp_kernels") for m in plain.modules())
+
+
 def test_finalize_keeps_a_selection() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:
@@ -249,3 +261,42 @@ def test_prepare_keeps_what_in_place_means_to_others(act: nn.Module | None) -> N
     prepared = dk.prepare(model, x)
     for mode in (True, False):
         torch.testing.assert_close(prepared.train(mode)(x), model.train(mode)(x))
+
+
+class Residual(nn.Module):
+    """A convolution, whose output the prepared model may overwrite, and the skip that is added to it."""
+
+    def __init__(self, into: bool) -> None:
+        super().__init__()
+        self.conv, self.into = nn.Conv2d(4, 4, 3, padding=1), into
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return y.add_(x) if self.into else y + x
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_a_sum_has_the_dtype_of_the_model(into: bool) -> None:
+    """Under autocast the convolution's output is bfloat16 and the skip float32: a sum promotes, add_ does not."""
+    model, x = Residual(into), torch.randn(2, 4, 5, 5)
+    prepared = dk.prepare(model, x)
+    assert prepared.add.inplace
+    for mode in (True, False):
+        for network in (prepared, dk.finalize(prepared)):
+            with torch.autocast("cpu", torch.bfloat16):
+                expected, got = model.train(mode)(x), network.train(mode)(x)
+            assert got.dtype == expected.dtype == (torch.bfloat16 if into else torch.float32)
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_of_what_an_addition_overwrites(before: bool) -> None:
+    """A full backward hook's module gives out a view, and a forward hook keeps what was computed then."""
+    model, x, kept, gradients = Residual(False), torch.randn(2, 4, 5, 5), [], []
+    if before:
+        model.conv.register_forward_hook(lambda module, args, y: kept.append(y))
+    prepared = dk.prepare(model, x)
+    prepared.conv.register_full_backward_hook(lambda module, before, after: gradients.append(after[0]))
+    prepared(x).sum().backward()
+    assert torch.equal(gradients[0], torch.ones_like(x))
+    assert not before or torch.equal(kept[-1], F.conv2d(x, model.conv.weight, model.conv.bias, padding=1))

@@ -16,7 +16,7 @@ from ..strided import SubsampledConv2d
 from .capture import materialise
 from .fusion import unfuse_norms
 from .rewrite import EXAMPLE_INPUTS, free_name, node_shape, propagate_shapes, remembered_inputs
-from .tracing import FLAG
+from .tracing import FLAG, TrainingFlag
 
 __all__ = ["finalize"]
 
@@ -41,7 +41,7 @@ def finalize(model: nn.Module) -> nn.Module:
         for node in list(plain.graph.nodes):
             if node.op == "call_module" and isinstance(plain.get_submodule(node.target), SelectiveAdd):
                 _inline_addition(plain, node)
-        plain.delete_all_unused_submodules()
+        _delete_uncalled(plain)
     for name, module in list(plain.named_modules(remove_duplicate=False)):
         if isinstance(module, DemPBatchNormAct2d):
             raise TypeError(f"finalize: {name} is a DemPBatchNormAct2d outside a prepared model, or called more than once")
@@ -91,10 +91,19 @@ def _inline_addition(model: fx.GraphModule, node: fx.Node) -> None:
             padding = [0, 0] * (last - 1) + [0, 1]
             padded = model.graph.call_function(F.pad, (b, padding))
             b = model.graph.call_function(torch.index_select, (padded, module.channel_dim, model.graph.get_attr(name)))
-        total = model.graph.call_function(operator.add, (a, b))
+        total = model.graph.call_function(operator.iadd if module.inplace and module.keep_dtype else operator.add, (a, b))
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total)
     model.graph.erase_node(node)
+
+
+def _delete_uncalled(model: fx.GraphModule) -> None:
+    """Delete what was inlined. Other modules without a call are the model's own, and their tensors its state."""
+    called = [node.target for node in model.graph.nodes if node.op == "call_module"]
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, (SelectiveAdd, TrainingFlag)):
+            if not any(name == target or name.startswith(f"{target}.") for target in called):
+                model.delete_submodule(name)
 
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {

@@ -97,7 +97,9 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
         of a few 1e-6 in float32, one unit in the last place in bfloat16 and float16, where the unfused model also rounds
         what goes from one layer to the next). Activations keep the name of their module (`layer1.0.relu`,
         further calls `layer1.0.relu_1`); functional ones are named after the module that calls them
-        (`features.relu`, `features.relu_1`).
+        (`features.relu`, `features.relu_1`). In training the sum of an addition is written into its first operand where that
+        is the output of a convolution or normalisation that nobody else reads; a forward hook that keeps such an output is to be
+        registered before.
 
     Raises:
         PrepareError: the model cannot be traced, or its forward takes another path in training than in evaluation.
@@ -254,12 +256,14 @@ def _replace_addition(model: fx.GraphModule, node: fx.Node) -> None:
     shape = node_shape(node)
     if shape is None or len(shape) < 2 or not (node_shape(a) == node_shape(b) == shape):
         return
-    if node.target in (operator.iadd, "add_") and len(a.users) > 1:
+    into_a = node.target in (operator.iadd, "add_")
+    if into_a and len(a.users) > 1:
         return  # a changes under the feet of its other users: left alone
     if a in _ancestors(b):
         a, b = b, a  # the skip is what the other operand was computed from
     name = free_name(model, ".".join(filter(None, [_owner(node), "add"])))
-    model.add_submodule(name, SelectiveAdd(channel_dim=1 if len(shape) in (2, 4, 5) else -1, inplace=_overwritable(model, a)))
+    channel_dim = 1 if len(shape) in (2, 4, 5) else -1
+    model.add_submodule(name, SelectiveAdd(channel_dim, inplace=_overwritable(model, a), keep_dtype=into_a))
     with model.graph.inserting_before(node):
         call = model.graph.call_module(name, (a, b))
     call.meta = dict(node.meta)
@@ -268,11 +272,13 @@ def _replace_addition(model: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _overwritable(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether nobody needs the value of `node` again: one user, and a producer whose backward does not read its output.
-    A fresh output costs more than the addition itself on the CPU, where its pages are touched for the first time."""
+    """Whether nobody needs the value of `node` again: one user, and a producer whose backward and hooks do not read its
+    output. A fresh output costs more than the addition itself on the CPU, where its pages are touched for the first time."""
     if len(node.users) != 1 or node.op != "call_module":
         return False
-    return isinstance(model.get_submodule(node.target), (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
+    producer = model.get_submodule(node.target)
+    is_known = isinstance(producer, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm))
+    return is_known and not producer._forward_hooks
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
