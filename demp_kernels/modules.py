@@ -59,7 +59,11 @@ class DemPActivation(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DemPActivation:
         super()._apply(fn, recurse)
         if self.active is not None and self.seen is not None:
+            was_meta = self.active.is_meta
             self.active, self.seen = fn(self.active), fn(self.seen)
+            if was_meta:  # `to_empty` gives memory as it lies
+                self.active.zero_()
+                self.seen.zero_()
         return self
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -248,19 +252,22 @@ class SelectiveAdd(nn.Module):
 
     Args:
         channel_dim: dimension of the channels.
-        inplace: write the sum into a. Only right where no backward pass needs a.
+        inplace: write the sum into a, in training. Only right where nobody needs a, a backward pass included. Not done where it
+            would change the sum's dtype, or where a is a view, as the output of a module with full backward hooks is.
+        keep_dtype: the sum has the dtype of a, as that of `a.add_(b)` has, instead of the promoted one.
     """
 
+    keep_dtype: bool = False
     index: Tensor | None = None
     inverse: Tensor | None = None
     channels: Tensor | None = None
     """(channels at first,) uint8: 1 where the sum still has the channel, plus 2 where the skip has it; None: nothing was
     removed. From it `shrink_to` and `load_state_dict` know the selection."""
 
-    def __init__(self, channel_dim: int = 1, inplace: bool = False) -> None:
+    def __init__(self, channel_dim: int = 1, inplace: bool = False, keep_dtype: bool = False) -> None:
         super().__init__()
         self.channel_dim = int(channel_dim)
-        self.inplace = inplace
+        self.inplace, self.keep_dtype = inplace, keep_dtype
         self.index = self.inverse = self.channels = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelectiveAdd:
@@ -351,7 +358,11 @@ class SelectiveAdd(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         b = self.select(b)
-        return a.add_(b) if self.inplace and self.training else a + b
+        if self.inplace and self.training and (self.keep_dtype or a.dtype == b.dtype):
+            if torch.compiler.is_compiling() or not a._is_view():
+                return a.add_(b)
+        total = a + b
+        return total.to(a.dtype) if self.keep_dtype else total
 
     def extra_repr(self) -> str:
         if self.index is None:

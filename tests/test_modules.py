@@ -70,6 +70,15 @@ def test_counters_stay_out_of_the_state_dict() -> None:
     nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()).load_state_dict(module.state_dict())
 
 
+def test_counters_made_without_memory_start_at_zero() -> None:
+    module = dk.DemPReLU()
+    module.allocate(1 << 12, "meta")
+    junk = torch.full((1 << 12,), 7, dtype=torch.int64)
+    del junk  # its memory is the next to be given out
+    module.to_empty(device="cpu")
+    assert module.active.device.type == "cpu" and not module.active.any() and not module.seen.any()
+
+
 def test_inplace_overwrites_its_input() -> None:
     x = torch.randn(2, 3, 4)
     y = dk.DemPReLU(inplace=True)(x)
