@@ -31,9 +31,10 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     resume: go on with the run that `out` holds, killed at whatever moment, from its checkpoints: with the same number of
         threads its weights end bit for bit as if it had never been stopped. Without one there, begin.
 
-    Returns what summary.json holds. After Ctrl-C the same files say what was known, `interrupted` is true, and
-    KeyboardInterrupt goes on. Of several ranks (see `ranks.joined`) the first prints and writes; `out` must be a folder that
-    all of them see. Raises RecipeError, in one line, for what cannot be trained, or resumed with other settings.
+    Returns what summary.json holds. After Ctrl-C, or where a run fails (its loss is not finite), the same files say what was
+    known, `interrupted` is true, and KeyboardInterrupt or RecipeError goes on. Of several ranks (see `ranks.joined`) the first
+    prints and writes; `out` must be a folder that all of them see; a failure there ends them all with nothing written. Raises
+    RecipeError, in one line, for what cannot be trained, or resumed with other settings.
     """
     # found missing now rather than when hours of training are to be written down
     for module in ("rich", "matplotlib"):
@@ -63,38 +64,53 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     facts = {"machine": machine_facts(torch.device(settings.device)), "versions": versions()}
     methods: list[Method] = [Dense(), Demon()] if settings.baseline else [Demon()]
     runs: list[RunResult] = []
-    stopped: KeyboardInterrupt | None = None
+    ended: KeyboardInterrupt | RecipeError | None = None
     try:
         with ProgressDisplay(console) as progress:
+            if settings.baseline and not checkpoints["demp"].is_file():
+                Training(settings, Demon(), read_data(settings), [])  # what it refuses is known before hours of the dense run
+                gc.collect()
             for method in methods:
                 training = Training(settings, method, read_data(settings), [*logs, progress])
                 if checkpoints[method.name].is_file():
                     _note_other(console, ranks, *training.load(checkpoints[method.name]))
                 runs.append(training.result)
-                training.run(checkpoints[method.name])
+                try:
+                    training.run(checkpoints[method.name])
+                except RecipeError as error:
+                    if ranks.count > 1:
+                        raise  # this rank alone may know
+                    ended = error
+                    break
                 del training
                 gc.collect()  # a finished training is a cycle: its memory and its data's workers are not for the next one
     except KeyboardInterrupt as error:
         if ranks.count > 1 and not isinstance(error, Stopped):
             raise  # this rank alone knows
-        stopped = error
+        ended = error
     finally:
         for each in logs:
             each.close()
 
     runs = [run for run in runs if run.rows]
-    if stopped is not None and not runs:
-        raise stopped
-    content = report.summary(runs, settings, data, facts, interrupted=stopped is not None)
+    if ended is not None and not runs:
+        raise ended
+    stopped = isinstance(ended, KeyboardInterrupt)
+    content = report.summary(runs, settings, data, facts, interrupted=ended is not None)
     if ranks.first:
-        files = _write(out, runs, content)
+        try:
+            files = _write(out, runs, content)
+        except OSError:
+            if isinstance(ended, RecipeError):
+                raise ended from None  # of a full disk it tells more: the checkpoint that was not written
+            raise
         console.print(report.terminal_table(content))
         console.print(f"{'stopped; ' if stopped else ''}written to {out}: report.html, {', '.join(files)}", soft_wrap=True)
-        if stopped is not None:
+        if stopped:
             console.print(f"demp train --resume --out {settings.out} goes on with it", highlight=False, soft_wrap=True)
     ranks.any(False)  # torchrun ends all ranks when the first one has ended with an error, a stop included
-    if stopped is not None:
-        raise stopped
+    if ended is not None:
+        raise ended
     return content
 
 

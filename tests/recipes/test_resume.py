@@ -19,6 +19,7 @@ from image_files import write_folder
 from demp_kernels.cli import main
 from demp_kernels.recipes import loop
 from demp_kernels.recipes.data import load_data
+from demp_kernels.recipes.methods import Demon
 from demp_kernels.selfcheck.kills import AIMS, survive_kills
 from demp_kernels.training import policy
 from demp_kernels.training.checkpoint_file import read_file
@@ -78,10 +79,15 @@ def test_an_interrupt_between_any_steps(whole: Path, tmp_path: Path, monkeypatch
 
 
 def test_an_interrupt_between_the_runs_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: Any, *_: Any) -> Any:
+    prepare, calls = Demon.prepare, []
+
+    def interrupted(self: Any, *given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            return prepare(self, *given)  # the trial before the dense run
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("demp_kernels.recipes.methods.Demon.prepare", interrupted)
+    monkeypatch.setattr(Demon, "prepare", interrupted)
     assert train(tmp_path, *RUN) == 130
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["interrupted"] is True and summary["demp"] is None

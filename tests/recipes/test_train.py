@@ -17,6 +17,7 @@ from image_files import write_cifar10, write_folder, write_idx
 import demp_kernels as dk
 from demp_kernels.cli import main
 from demp_kernels.recipes.loop import new_model, read_data
+from demp_kernels.recipes.methods import Demon
 from demp_kernels.recipes.settings import TrainSettings
 
 EPOCHS, STEPS = 8, 80
@@ -196,10 +197,39 @@ def test_ctrl_c_keeps_what_is_known(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
+SMALL = ("--width", "4", "--image-size", "8", "--train-size", "64", "--batch-size", "32", "--epochs", "1")
+
+
+def test_a_run_that_fails_loses_no_finished_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(self: Demon, loss: torch.Tensor) -> bool:
+        loss.fill_(torch.nan)
+        return False
+
+    monkeypatch.setattr(Demon, "step", diverge)
+    assert main(["train", *SMALL, "--out", str(tmp_path)]) == 2
+    assert "the loss of demp is nan at step" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["dense"]["steps"] == 2 and summary["dense"]["accuracy"] > 0
+    assert summary["interrupted"] is True and (tmp_path / "report.html").is_file()
+
+
+def test_what_the_second_run_refuses_is_known_before_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Demon, *_: object) -> None:
+        raise ValueError("no unit can be removed")
+
+    monkeypatch.setattr(Demon, "attach", refuse)
+    assert main(["train", *SMALL, "--out", str(tmp_path)]) == 2
+    assert "cannot be trained with demp: no unit can be removed" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint-dense.pt").exists()
+
+
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "summary.json").mkdir()
-    small = ("--width", "4", "--image-size", "8", "--train-size", "64", "--batch-size", "32", "--epochs", "1", "--no-baseline")
-    assert main(["train", *small, "--out", str(tmp_path)]) == 2
+    assert main(["train", *SMALL, "--no-baseline", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"demp train: error: Is a directory: {tmp_path / 'summary.json'}\n"
 
 
