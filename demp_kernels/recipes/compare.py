@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -79,6 +80,10 @@ class Comparison:
             for share in shares:
                 if not 0 < share < 1:
                     raise RecipeError(f"{name} must be between 0 and 1, got {share}")
+        for name, values in {"peak-penalty": self.peak_penalties, **given}.items():
+            written = [f"{value:g}" for value in values]  # in the names of levels and files
+            if len(set(written)) < len(written):
+                raise RecipeError(f"{name} must be different in six digits, got {' '.join(map(str, values))}")
         for name, values in (("target-flops", self.target_flops), ("target-sparsity", self.target_sparsities)):
             if values and "demp-fast" not in self.methods:
                 raise RecipeError(f"{name} is of the method demp-fast: methods must have it, got {' '.join(self.methods)}")
@@ -117,10 +122,7 @@ class Run:
         return "-".join(filter(None, parts)) + ".json"
 
     def save(self, folder: Path) -> None:
-        """Whole or not at all, so that a kill leaves nothing half written."""
-        part = folder / (self.file + ".part")
-        part.write_text(json.dumps(asdict(self)) + "\n")
-        os.replace(part, folder / self.file)
+        _write_whole(folder / self.file, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> Run:
@@ -136,8 +138,9 @@ class Run:
 def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
     """Make the runs that `out` does not have yet, one after the other, and write tables, figures and comparison.html.
 
-    Stopped at any moment and called again with the same settings, it goes on behind the last finished run. Raises
-    RecipeError, in one line, for what cannot be compared or an `out` of another comparison.
+    Stopped at any moment and called again with the same settings, it goes on behind the last finished run. A run that fails,
+    as one whose loss is not finite does, costs the others nothing but what was to match its sparsity. Raises RecipeError, in
+    one line, for what cannot be compared, an `out` of another comparison, and at the end if runs have failed.
     """
     for module in ("rich", "matplotlib"):
         need(module, "demp compare")
@@ -159,6 +162,7 @@ def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
     warm_up(settings, data)
     folder = _runs_folder(settings, comparison)
     runs: list[Run] = []
+    failures: list[str] = []
     facts = machine_facts(device)
     machine = ", ".join((
         facts.get("gpu") or f"{facts['processor']} with {facts['vector_instructions']}", f"{facts['threads']} threads",
@@ -166,23 +170,34 @@ def compare(settings: TrainSettings, comparison: Comparison) -> list[Run]:
     ))
     facts |= versions()
     planned = _count(settings, comparison)
-    for method, level, seeded in _plan(settings, comparison, runs):
+    for number, (method, level, seeded) in enumerate(_plan(settings, comparison, runs), start=1):
         wanted = Run(method.name, level, seeded.seed, 0, 0, 0, 0, 0, 0, RunResult(method.name))
-        headline = f"run {len(runs) + 1} of {planned}: {' '.join(filter(None, (method.name, level)))}, seed {seeded.seed}"
+        name = f"{' '.join(filter(None, (method.name, level)))}, seed {seeded.seed}"
+        headline = f"run {number} of {planned}: {name}"
         if (folder / wanted.file).is_file():
             runs.append(Run.load(folder / wanted.file))
             console.print(f"{headline}: there already", highlight=False)
             continue
         console.print(headline, highlight=False)
-        with ProgressDisplay(console) as progress:
-            run = replace(_run(method, level, seeded, [progress]), machine=machine)
-        gc.collect()  # a finished training is a cycle: its memory and its data's workers are not for the next one
+        try:
+            with ProgressDisplay(console) as progress:
+                run = replace(_run(method, level, seeded, [progress]), machine=machine)
+        except RecipeError as error:
+            failures.append(f"{name}: {error}")
+            console.print(f"failed: {error}", highlight=False, soft_wrap=True)
+            continue
+        finally:
+            gc.collect()  # a finished training is a cycle: its memory and its data's workers are not for the next one
         run.save(folder)
         runs.append(run)
         comparison_report.write(settings.out, settings, runs, facts)  # a report of what there is, from the first run on
+    if not runs:
+        raise RecipeError(f"no run could be made: {failures[0]}")
     comparison_report.write(settings.out, settings, runs, facts)
     console.print(comparison_report.terminal_table(runs))
     console.print(f"written to {settings.out}: comparison.html, table.md, table.csv, runs.csv, figures", soft_wrap=True)
+    if failures:
+        raise RecipeError(f"{len(failures)} of {planned} runs failed, the first of them {failures[0]}")
     return runs
 
 
@@ -197,7 +212,7 @@ def _plan(
         targets = {f"sparsity {sparsity:g}": sparsity for sparsity in comparison.sparsities}
         for name, level, changes in _demp_runs(settings, comparison):
             yield Demon(name), level, replace(seeded, **changes)
-            if not comparison.sparsities:
+            if not comparison.sparsities and runs and (runs[-1].method, runs[-1].level, runs[-1].seed) == (name, level, seed):
                 targets[f"as {level}"] = runs[-1].sparsity
         for level, sparsity in targets.items():
             for name in comparison.methods:
@@ -272,11 +287,16 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
     free = {*FREE, "seed", "peak_penalty", "baseline"} - ({"data_dir"} if settings.data == "folder" else set())
     facts = {name: value for name, value in settings.as_json().items() if name not in free}
     facts |= {"torch_threads": torch.get_num_threads(), "dense_lr": comparison.dense_lr}
+    # budgets are levels, and where they end is a setting above
+    free |= {"target_flops", "steer_until"}
+    facts["fast"] = {
+        name: comparison.fast.get(name, getattr(settings, name)) for name in PRESETS["fast"] if name not in free
+    }
     facts = json.loads(json.dumps(facts))
     file = settings.out / SETTINGS_FILE
     if file.is_file():
-        # a setting that is not there had its default: it came with a later version
-        defaults = json.loads(json.dumps(TrainSettings().as_json()))
+        # a setting that is not there had its default: it came with a later version; of `fast` nothing is known then
+        defaults = json.loads(json.dumps({**TrainSettings().as_json(), "fast": facts["fast"]}))
         try:
             before = {**defaults, **json.loads(file.read_text())}
         except (ValueError, TypeError) as error:
@@ -286,17 +306,25 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
                 raise RecipeError(
                     f"out has a comparison with {name} {before.get(name)}, got {facts[name]}: choose another --out"
                 )
-    file.write_text(json.dumps(facts, indent=2) + "\n")
+    else:
+        _write_whole(file, json.dumps(facts, indent=2) + "\n")
     return folder
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Whole or not at all, so that a kill leaves nothing half written."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text)
+    os.replace(part, file)
 
 
 COLUMNS = (
     "method", "level", "runs", "accuracy", "accuracy_std", "sparsity", "neuron_sparsity", "train_flops", "train_seconds",
     "train_seconds_std", "speedup", "inference_ms",
 )
-"""Columns of table.csv: means over the seeds; ..._std: sample standard deviation (0 for one run); speedup: mean over
-the seeds of dense train_seconds / train_seconds, empty without a dense run of that seed on that machine; neuron_sparsity: empty where a method
-does not tell its units."""
+"""Columns of table.csv: means over the seeds; ..._std: sample standard deviation (0 for one run); seconds and milliseconds: of the
+machine that made most of the runs; speedup: mean over the seeds of dense train_seconds / train_seconds, empty without a dense run of
+that seed on that machine; neuron_sparsity: empty where a method does not tell its units."""
 
 
 def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
@@ -307,7 +335,9 @@ def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
         groups.setdefault((run.method, run.level), []).append(run)
     rows = []
     for (method, level), group in groups.items():
-        accuracy, seconds = [run.accuracy for run in group], [run.train_seconds for run in group]
+        machine, _ = Counter(run.machine for run in group).most_common(1)[0]
+        timed = [run for run in group if run.machine == machine]
+        accuracy, seconds = [run.accuracy for run in group], [run.train_seconds for run in timed]
         pairs = [(dense.get((run.seed, run.machine)), run.train_seconds) for run in group]
         speedups = [before / after for before, after in pairs if before is not None]
         gone = [run.neuron_sparsity for run in group if run.neuron_sparsity is not None]
@@ -315,8 +345,8 @@ def table_rows(runs: list[Run]) -> list[dict[str, Any]]:
             "method": method, "level": level, "runs": len(group), "accuracy": mean(accuracy),
             "accuracy_std": stdev(accuracy) if len(accuracy) > 1 else 0.0,
             "train_seconds_std": stdev(seconds) if len(seconds) > 1 else 0.0,
-            **{name: mean(getattr(run, name) for run in group)
-               for name in ("sparsity", "train_flops", "train_seconds", "inference_ms")},
+            **{name: mean(getattr(run, name) for run in group) for name in ("sparsity", "train_flops")},
+            **{name: mean(getattr(run, name) for run in timed) for name in ("train_seconds", "inference_ms")},
             "neuron_sparsity": mean(gone) if gone else None,
             "speedup": mean(speedups) if speedups else None,
         })

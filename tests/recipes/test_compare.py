@@ -133,6 +133,8 @@ def test_started_again_it_makes_only_the_missing_runs(
         (["--target-sparsity", "1"], "target-sparsity must be between 0 and 1, got 1"),
         (["--seeds", "0"], "seeds must be at least 1"),
         (["--peak-penalty", "-1"], "peak-penalty must be above 0, got -1"),
+        (["--peak-penalty", "0.1", "0.1"], "peak-penalty must be different in six digits, got 0.1 0.1"),
+        (["--sparsity", "0.9", "0.90000001"], "sparsity must be different in six digits, got 0.9 0.90000001"),
     ],
 )
 def test_refusals(
@@ -148,6 +150,49 @@ def test_refusals(
 def test_another_comparison_in_out_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--epochs", "13", "--out", str(finished)]) == 2
     assert "out has a comparison with epochs 12, got 13" in capsys.readouterr().err
+
+
+def test_flags_over_the_preset_make_another_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.json").write_text('{"criterion": "scan"}')  # of all but the demp-fast runs, whose preset has another
+    start = [*SMALL, "--epochs", "1", "--seeds", "1", "--methods", "dense", "--recipe", str(tmp_path / "mine.json")]
+    start += ["--out", str(tmp_path / "out")]
+    assert main(start) == 0
+    assert main([*start, "--criterion", "scan"]) == 2
+    assert "out has a comparison with fast {'criterion': 'window'" in capsys.readouterr().err
+    assert main(start) == 0
+
+
+def test_a_comparison_that_cannot_be_written_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings are written once, and not again at every start, when a kill in the middle would leave half of them."""
+    start = [*SMALL, "--epochs", "1", "--seeds", "1", "--methods", "dense", "--out", str(tmp_path)]
+    assert main(start) == 0
+    before = (tmp_path / "comparison.json").stat().st_mtime_ns
+    assert main(start) == 0
+    assert (tmp_path / "comparison.json").stat().st_mtime_ns == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_that_fails_costs_the_others_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = module._run
+
+    def failing(method: Any, level: str, *rest: Any) -> Run:
+        if method.name == "snap" or level == "flops 0.6":
+            raise RecipeError(f"the loss of {method.name} is nan at step 3: try a lower lr")
+        return run(method, level, *rest)
+
+    monkeypatch.setattr(module, "_run", failing)
+    start = [*SMALL, "--epochs", "2", "--seeds", "1", "--methods", "dense", "demp-fast", "snap", "l1"]
+    start += ["--target-flops", "0.6", "0.3", "--out", str(tmp_path)]
+    assert main(start) == 2
+    printed = capsys.readouterr()
+    assert "2 of 7 runs failed, the first of them demp-fast flops 0.6, seed 0: the loss of demp-fast is nan" in printed.err
+    assert "failed: the loss of snap is nan" in printed.out
+    made = {(row["method"], row["level"]) for row in rows_of(tmp_path / "runs.csv")}
+    assert made == {("dense", ""), ("demp-fast", "flops 0.3"), ("l1", "as flops 0.3")}
+    monkeypatch.undo()
+    assert main(start) == 0 and len(rows_of(tmp_path / "runs.csv")) == 7
 
 
 def test_a_setting_of_a_later_version_had_its_default(
@@ -243,4 +288,6 @@ def test_speed_up_is_against_the_dense_run_of_the_same_seed() -> None:
     assert [row["speedup"] for row in rows] == [1.0, 2.5]
     assert table_rows([made("demp", 2, 1.0)])[0]["speedup"] is None
     elsewhere = dataclasses.replace(made("demp", 0, 1.0), machine="another")
+    both = table_rows([made("demp", 1, 3.0), elsewhere, made("demp", 2, 5.0)])[0]
+    assert both["train_seconds"] == 4.0 and both["train_seconds_std"] == pytest.approx(2**0.5) and both["runs"] == 3
     assert table_rows([made("dense", 0, 4.0), elsewhere])[1]["speedup"] is None
