@@ -205,8 +205,18 @@ if some is not None and rank == 0:
     except ValueError as error:
         refused = str(error)
     del part
+torch.manual_seed(2)
+apart = dk.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
+with torch.no_grad():
+    apart.get_submodule("2").bias[:3] = -100
+noisy = dk.DemP(apart, torch.optim.SGD(apart.parameters(), lr=0.1), total_steps=8, prune_every=2, peak_penalty=0, peak_noise=1e-2, seed=1)
+for _ in range(2):
+    for layer in "01234"[: 5 if rank == 0 else 2]:  # the second rank calls the first activation alone
+        x = apart.get_submodule(layer)(torch.ones(3, 4) if layer == "0" else x)
+    noisy.step()
+apart = torch.cat([p.detach().flatten() for p in apart.parameters()])
 weights = torch.cat([p.detach().flatten() for p in inner.parameters()])
-torch.save({"live": list(demp.live_units.values()), "kept": kept, "weights": weights, "refused": refused}, f"{sys.argv[1]}.{world}.{rank}.pt")
+torch.save({"live": list(demp.live_units.values()), "kept": kept, "weights": weights, "refused": refused, "apart": apart}, f"{sys.argv[1]}.{world}.{rank}.pt")
 del model, demp, optimizer, state
 gc.collect()
 dist.destroy_process_group()
@@ -261,7 +271,8 @@ def test_a_checkpoint_of_rank_0_holds_what_all_ranks_have_counted(tmp_path: Path
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_compressed_gradients_begin_anew_behind_a_removal(tmp_path: Path) -> None:
-    _, first, second = run(COMPRESSED_SCRIPT, tmp_path)
+    one, first, second = run(COMPRESSED_SCRIPT, tmp_path)
+    assert torch.equal(first["apart"], second["apart"]) and torch.equal(first["apart"], one["apart"])
     assert first["live"] == second["live"] and first["live"][0] <= 55
     # compression begins in the third step, and once more in the third behind the removal: the first has other buckets
     assert [count > 0 for count in first["kept"]] == [False] * 2 + [True] * 6 + [False] * 2 + [True] * 2

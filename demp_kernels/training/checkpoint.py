@@ -81,7 +81,8 @@ def load_checkpoint(
         optimizer, demp: filled when given and saved. Copies that follow (`DemP(followers=...)`) get the widths; their
             values are the caller's, for example in `extra`.
         example_inputs: for the analysis of a model that was not made by `prepare`, when `demp` is not given.
-        restore_rng: continue the random generators, too.
+        restore_rng: continue the random generators, too: with those of the process that saved. Where rank 0 saved for several
+            ranks that draw different numbers, restore rank 0's only.
 
     Returns: the `extra` that was saved.
     Raises: FileNotFoundError; CheckpointError for a damaged or foreign file or one of another model; ValueError where the

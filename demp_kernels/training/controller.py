@@ -33,6 +33,7 @@ from .distributed import (
 from .liveness import (
     StepLiveness,
     activations_of,
+    allocate_counters,
     calls_by_name,
     check_counters,
     counters_of,
@@ -185,6 +186,8 @@ class DemP:
             require_integer("seed", seed)
         drawn = torch.randint(2**62, (1,)) if seed is None else torch.tensor([seed])
         self._noise_seed = from_first_rank(drawn.to(device=device, dtype=torch.int64))
+        if is_distributed():
+            allocate_counters(self._model, self._calls)
         self._liveness = StepLiveness(self._model)
         self._steerer = None if steering is None else self._steered(steering, inputs)
         self._weighing = Weighing(self._wrapper, self._optimizers, self.graph, as_tuple(inputs)) if policy == "when_it_pays" else None
@@ -323,8 +326,8 @@ class DemP:
             raise ValueError("DemP state belongs to another model: its activations or their sizes differ")
         if (total := entry(state, "total_steps", int, where)) != self.total_steps:
             raise ValueError(f"total_steps must be that of the saved run, {total}, got {self.total_steps}")
-        if not 0 <= (done := entry(state, "steps_done", int, where)) <= total:
-            raise ValueError(f"steps_done must be between 0 and {total}, got {done}")
+        if (done := entry(state, "steps_done", int, where)) < 0:  # above total_steps: a run may go on behind its end
+            raise ValueError(f"steps_done must be at least 0, got {done}")
         seed = entry(state, "noise_seed", Tensor, where)
         if seed.shape != self._noise_seed.shape or seed.dtype != torch.int64:
             raise ValueError(f"noise_seed must be one int64 number, got {seed.dtype} of shape {tuple(seed.shape)}")

@@ -17,8 +17,8 @@ from ..modules import DemPActivation
 from .distributed import every_rank, sum_counters
 
 __all__ = [
-    "StepLiveness", "activations_of", "calls_by_name", "check_counters", "counters_of", "not_finite", "of_calls", "scan_dead",
-    "several_widths", "window_dead",
+    "StepLiveness", "activations_of", "allocate_counters", "calls_by_name", "check_counters", "counters_of", "not_finite",
+    "of_calls", "scan_dead", "several_widths", "window_dead",
 ]
 
 
@@ -31,6 +31,13 @@ def counters_of(model: nn.Module) -> list[Tensor]:
     """`active` and `seen` of every activation that has counted something, in the model's order."""
     counted = [(m.active, m.seen) for m in activations_of(model).values() if not m.mixed]
     return [counter for pair in counted for counter in pair if counter is not None]
+
+
+def allocate_counters(model: nn.Module, calls: Mapping[str, list[ActivationUnits]]) -> None:
+    """Give every activation counters, so that ranks exchange the same ones where not every rank has called each of them yet."""
+    for name, module in activations_of(model).items():
+        if module.active is None and calls.get(name):
+            module.allocate(calls[name][0].atoms.size, next(model.parameters()).device)
 
 
 def calls_by_name(model: nn.Module, graph: UnitGraph) -> dict[str, list[ActivationUnits]]:

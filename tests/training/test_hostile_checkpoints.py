@@ -249,7 +249,7 @@ def test_wrong_types_in_every_field(
         (("units", "kept", "0.weight:0"), torch.arange(5), "do not fit its other tensors"),
         (("units", "kept", "0.weight:0"), torch.tensor([0, 1, 2, 3, 5, 900]), "0.weight:0 do not fit"),
         (("demp", "total_steps"), 8, "total_steps must be that of the saved run, 8, got 9"),
-        (("demp", "steps_done"), 10, "steps_done must be between 0 and 9, got 10"),
+        (("demp", "steps_done"), -1, "steps_done must be at least 0, got -1"),
         (("demp", "counters", "2", "active"), torch.zeros(8, dtype=torch.int64), "has 8 units for 2, the model 6"),
         (("optimizers", 0, "state", 0, "exp_avg"), torch.zeros(8, 6), r"exp_avg of parameter 0 must have shape \(6, 6\)"),
         (("optimizers", 0, "state", 0, "exp_avg"), None, "must have a tensor 'exp_avg', got NoneType"),
