@@ -84,9 +84,11 @@ def _makes_columns(modules: Mapping[str, nn.Module], cut: Cut) -> bool:
 def _fresh(modules: Mapping[str, nn.Module], plan: Plan, seed: int) -> list[Tensor]:
     """What each tensor of the plan would be in a newly made module."""
     made: dict[str, nn.Module] = {}
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    cuda = sorted({cut.tensor.device.index for cut in plan.cuts if cut.tensor.is_cuda})
     with torch.random.fork_rng(cuda):
-        torch.manual_seed(seed)
+        # not torch.manual_seed: it seeds devices as well that are not restored behind this
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in cuda)):
+            generator.manual_seed(seed)
         for cut in plan.cuts:
             path = cut.name.rpartition(".")[0]
             if path not in made:
@@ -120,6 +122,8 @@ def _regions(cut: Cut) -> tuple[list[_Region], list[_Region]]:
 
 
 def _put(tensor: Tensor, rows: Tensor | None, columns: Tensor | None, value: Tensor) -> None:
+    # an optimiser's state need not lie where its parameter does
+    rows, columns = (None if at is None else at.to(tensor.device) for at in (rows, columns))
     if columns is None:
         tensor[rows] = value[rows]
     elif rows is None:

@@ -37,7 +37,8 @@ class DemPCallback(Callback):
         network: a model from `prepare` (or with DemP activations and `example_inputs=`) inside the LightningModule.
         options: of `DemP`; total_steps is by default what the trainer expects to make.
 
-    Raises ValueError when training starts with several processes or optimisers.
+    Raises ValueError when training starts with several processes or optimisers, behind steps that were made before, or
+    without an end while `total_steps` is not given.
     """
 
     demp: DemP | None = None
@@ -52,9 +53,19 @@ class DemPCallback(Callback):
             raise ValueError(f"DemPCallback works in one process, got {trainer.world_size}: write the loop for DDP yourself")
         if len(trainer.optimizers) != 1:
             raise ValueError(f"DemPCallback works with one optimizer, got {len(trainer.optimizers)}")
-        options = {"total_steps": int(trainer.estimated_stepping_batches), **self.options}
+        if trainer.global_step:
+            raise ValueError(
+                f"DemPCallback must be there from the first step on, got global_step {trainer.global_step}: its schedule would "
+                "start anew; demp_kernels.load_checkpoint goes on with a run"
+            )
+        options = dict(self.options)
+        if "total_steps" not in options:
+            expected = trainer.estimated_stepping_batches
+            if expected == float("inf"):
+                raise ValueError("DemPCallback must be given total_steps where the Trainer has no end, got max_epochs=-1 and none")
+            options["total_steps"] = int(expected)
         self.demp = DemP(self.network, trainer.optimizers[0], **options)
-        self._seen = trainer.global_step
+        self._seen = 0
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

@@ -30,7 +30,7 @@ class DemPCallback(TrainerCallback):
         network: a model from `prepare` (or with DemP activations and `example_inputs=`), the Trainer's model or part of it.
         options: of `DemP`; total_steps is by default the Trainer's max_steps.
 
-    Raises ValueError when training starts with several processes, or several GPUs in one.
+    Raises ValueError when training starts with several processes, or several GPUs in one, or behind steps that were made before.
     """
 
     demp: DemP | None = None
@@ -47,6 +47,11 @@ class DemPCallback(TrainerCallback):
         if args.n_gpu > 1:
             # torch.nn.DataParallel's replicas count for themselves, and are thrown away
             raise ValueError(f"DemPCallback works with one GPU, got {args.n_gpu}: set CUDA_VISIBLE_DEVICES")
+        if state.global_step:
+            raise ValueError(
+                f"DemPCallback must be there from the first step on, got global_step {state.global_step}: its schedule would "
+                "start anew; demp_kernels.load_checkpoint goes on with a run"
+            )
         # accelerate wraps the optimiser; DemP shrinks the state of the one inside
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self.demp = DemP(self.network, optimizer, **{"total_steps": state.max_steps, **self.options})

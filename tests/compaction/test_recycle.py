@@ -85,6 +85,26 @@ def test_the_seed_decides() -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
+def test_state_may_lie_elsewhere_and_no_generator_moves() -> None:
+    model, optimizer, graph, dead = trained()
+    model.cuda()
+    before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    recycle(model, optimizer, graph, {name: mask.cuda() for name, mask in dead.items()})
+    after = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    assert torch.equal(before[0], after[0]) and all(map(torch.equal, before[1], after[1]))
+    state = optimizer.state[model[0].weight]["exp_avg"]
+    assert state.device.type == "cpu" and (state[dead["2"]] == 0).all() and (state[~dead["2"]] != 0).any()
+
+
+def test_only_the_generators_of_the_devices_in_use_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed seeds all devices, of which some would not be restored."""
+    model, optimizer, graph, dead = trained()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("seeds every device"))
+    assert recycle(model, optimizer, graph, dead)
+
+
 def test_state_that_starts_otherwise_is_refused() -> None:
     model, _, graph, dead = trained()
     optimizer = torch.optim.Rprop(model.parameters())

@@ -145,6 +145,36 @@ def test_transformers_with_several_gpus_in_one_process_is_refused() -> None:
         callback.on_train_begin(SimpleNamespace(world_size=1, n_gpu=2), None, None)
 
 
+def test_transformers_that_goes_on_with_a_run_is_refused() -> None:
+    pytest.importorskip("transformers")
+    from demp_kernels.integrations.transformers import DemPCallback
+
+    callback = DemPCallback(network(), **OPTIONS)
+    with pytest.raises(ValueError, match="from the first step on, got global_step 7"):
+        callback.on_train_begin(SimpleNamespace(world_size=1, n_gpu=0), SimpleNamespace(global_step=7), None)
+
+
+def test_lightning_without_an_end_or_behind_steps() -> None:
+    pytest.importorskip("lightning")
+    from demp_kernels.integrations.lightning import DemPCallback
+
+    class Endless(SimpleNamespace):
+        @property
+        def estimated_stepping_batches(self) -> float:
+            return float("inf")
+
+    net = network()
+    trainer = Endless(world_size=1, global_step=0, optimizers=[torch.optim.AdamW(net.parameters())])
+    with pytest.raises(ValueError, match="must be given total_steps"):
+        DemPCallback(net, **OPTIONS).on_train_start(trainer, None)
+    callback = DemPCallback(net, total_steps=9, **OPTIONS)
+    callback.on_train_start(trainer, None)
+    assert callback.demp.total_steps == 9
+    trainer.global_step = 5
+    with pytest.raises(ValueError, match="from the first step on, got global_step 5"):
+        callback.on_train_start(trainer, None)
+
+
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_transformers_penalises_unscaled_gradients(unscaled: bool) -> None:
     """The Trainer unscales them to clip them or to take their norm, but not in every release."""
