@@ -71,6 +71,7 @@ BAD = [
     ("train --lr-factor 2", "lr-factor must be above 0 and at most 1, got 2.0"),
     ("train --warm-up 1", "warm-up must be at least 0 and below 1, got 1.0"),
     ("train --seed -1", "seed must be at least 0 and finite, got -1"),
+    ("train --seed 9223372036854775808", "seed must be below 2^63, got 9223372036854775808"),
     ("train --seed x", "argument --seed: invalid int value: 'x'"),
     ("train --peak-penalty nan", "peak-penalty must be at least 0 and finite, got nan"),
     ("train --penalty-on colours", "argument --penalty-on: invalid choice: 'colours'"),

@@ -135,7 +135,7 @@ class Builder:
         not known which of the calls are the same."""
         for (base, _), calls in self._called.items():
             first, second = ([behind for graph, behind, _ in calls if graph == number] for number in (1, 2))
-            if second and first and len(first) + len(second) > 2 and first != second:
+            if second and first and first != second:
                 how = f"{len(first)} times in evaluation, {len(second)} in training" if len(first) != len(second) else "behind other layers in training"
                 for *_, atoms in calls:
                     self.atoms.pin(atoms, f"{base} is called {how}")

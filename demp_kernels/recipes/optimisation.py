@@ -54,9 +54,10 @@ def build_schedule(settings: TrainSettings, optimizer: torch.optim.Optimizer, to
     constant: `lr`, after the same rise.
     """
     if settings.lr_schedule == "one-cycle":
-        return OneCycleLR(
-            optimizer, settings.lr, total_steps=total_steps + 1, pct_start=settings.warm_up, cycle_momentum=False
-        )
+        rising = float(settings.warm_up)
+        if rising * (total_steps + 1) == 1:
+            rising = 0.0  # a rise that ends at the first step is none; torch would divide by its length
+        return OneCycleLR(optimizer, settings.lr, total_steps=total_steps + 1, pct_start=rising, cycle_momentum=False)
     drops = settings.lr_drops if settings.lr_schedule == "steps" else ()
     at = [round(drop / settings.epochs * total_steps) for drop in drops]
     rise = round(settings.warm_up * total_steps)

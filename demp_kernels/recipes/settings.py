@@ -106,6 +106,8 @@ class TrainSettings:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise RecipeError(f"{_flag(name)} must be at least 0 and finite, got {value}")
+        if self.seed >= 2**63:
+            raise RecipeError(f"seed must be below 2^63, got {self.seed}")
         if not 0 < self.lr < math.inf:
             raise RecipeError(f"lr must be above 0 and finite, got {self.lr}")
         for name in ("momentum", "label_smoothing", "warm_up"):

@@ -175,6 +175,27 @@ def test_equally_many_calls_on_other_units_are_not_taken_for_the_same() -> None:
     assert not report.changed and "is called behind other layers in training" in report.kept["act@1"]
 
 
+def test_one_call_behind_another_layer_is_not_taken_for_the_same() -> None:
+    """Counted is what training runs: a unit that never fires there may well in evaluation."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.a, self.b, self.out = dk.DemPReLU(), nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.act(self.a(x) if self.training else self.b(x)))
+
+    model, x = Branches(), torch.randn(16, 6)
+    with torch.no_grad():
+        model.a.bias[:3] = -100
+    model(x)
+    expected = model.eval()(x)
+    report = dk.compact(model, None, x)
+    assert not report.removed and "is called behind other layers in training" in report.kept["act"]
+    torch.testing.assert_close(model(x), expected)
+
+
 class Written(nn.Module):
     """What only training does depends on the width: a number in a view, a size as a number, a weight as a value."""
 

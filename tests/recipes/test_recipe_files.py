@@ -130,16 +130,22 @@ def test_decoupled_sgd_decays_nothing_in_a_step_that_overflows() -> None:
         torch.testing.assert_close(p.detach(), torch.full((5,), expected))
 
 
-def rates(**settings: object) -> list[float]:
+def rates(total: int = 100, **settings: object) -> list[float]:
     chosen = TrainSettings(**{"epochs": 10, "lr": 0.5, "warm_up": 0.0, **settings})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = build_schedule(chosen, optimizer, 100)
+    schedule = build_schedule(chosen, optimizer, total)
     found = []
-    for _ in range(100):
+    for _ in range(total):
         found.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
     return found
+
+
+@pytest.mark.parametrize(("total", "warm_up"), [(4, 0.2), (9, 0.1), (100, 0)])
+def test_a_cycle_without_a_step_to_rise_in_falls_from_the_first_on(total: int, warm_up: float) -> None:
+    found = rates(total, lr_schedule="one-cycle", warm_up=warm_up)
+    assert 0.45 < found[0] <= 0.5 and found == sorted(found, reverse=True) and found[-1] < 0.1
 
 
 def test_learning_rates() -> None:
