@@ -1,7 +1,6 @@
 """Walks a captured graph and asks the rule of every op what it does to units."""
 from __future__ import annotations
 
-import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .activation_calls import ActivationCalls
 from .atoms import PINNED, Atoms
 from .capture import Capture, module_path, origin
 from .flow import Flow, Link, Step
-from .values import Activation, Balance, Floor, Parameter, ParameterAxis, Reader, Selection, Value, along
+from .values import Balance, Floor, Parameter, ParameterAxis, Reader, Selection, Value, along
 
 __all__ = ["Builder", "VIEW_RULES", "rule"]
 
@@ -56,7 +56,6 @@ class Builder:
         self.axes: dict[tuple[str, int], ParameterAxis] = {}
         self.blocks: dict[str, np.ndarray] = {}
         self.attributes: list[tuple[str, str, np.ndarray]] = []
-        self.activations: list[Activation] = []
         self.selections: list[Selection] = []
         self.floors: list[Floor] = []
         self.balances: list[Balance] = []
@@ -77,12 +76,8 @@ class Builder:
         self._blocks_seen: dict[str, Value] = {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._calls: dict[str, int] = {}
-        self._activation_calls: dict[tuple[str, str | None], int] = {}
-        self._known: dict[tuple[str, str | None, int], int] = {}
-        self._called: dict[tuple[str, str | None], list[tuple[int, list[str], np.ndarray]]] = {}
-        """Activation -> of each call: graph, paths of the modules whose results it takes, units."""
-        self._graph = 0
-        """Number of the graph that is walked, from 1."""
+        self.activation_calls = ActivationCalls(self._modules)
+        self.activations = self.activation_calls.activations
         self._canonical = _canonical_names(model)
         self._position: dict[fx.Node, int] = {}
         self._never_zero = {self._uniform_slot}
@@ -101,8 +96,7 @@ class Builder:
         self._position = {node: i for i, node in enumerate(captured.nodes)}
         self._calls = _module_calls(captured.nodes)
         self.uses.clear()
-        self._activation_calls.clear()
-        self._graph += 1
+        self.activation_calls.next_graph()
         for node in captured.nodes:
             self._node = node
             if node.op == "placeholder":
@@ -128,17 +122,8 @@ class Builder:
                     self.pin(self._env_value(source), f"{origin(source)} is an output of the model")
             else:
                 self.env[node] = None
-        self._pin_shifted_calls()
-
-    def _pin_shifted_calls(self) -> None:
-        """Keep the units of activations that training calls more, or fewer, times than evaluation, or behind other layers: it is
-        not known which of the calls are the same."""
-        for (base, _), calls in self._called.items():
-            first, second = ([behind for graph, behind, _ in calls if graph == number] for number in (1, 2))
-            if second and first and first != second:
-                how = f"{len(first)} times in evaluation, {len(second)} in training" if len(first) != len(second) else "behind other layers in training"
-                for *_, atoms in calls:
-                    self.atoms.pin(atoms, f"{base} is called {how}")
+        for atoms, why in self.activation_calls.shifted():
+            self.atoms.pin(atoms, why)
 
     def _call(self, node: fx.Node) -> Any:
         found = RULES.get(node.target)
@@ -230,24 +215,27 @@ class Builder:
         path = module_path(node)
         return path, self._modules.get(path)
 
+    def _layers_behind(self, node: fx.Node) -> set[str]:
+        """Paths of the nearest modules in front of a node that read a parameter. What lies between and reads none, as noise that
+        only training adds, makes no other call of it."""
+        found: set[str] = set()
+        seen: set[fx.Node] = set()
+        pending = [node]
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                if source in seen:
+                    continue
+                seen.add(source)
+                if any(isinstance(self.env.get(operand), Parameter) for operand in source.all_input_nodes):
+                    found.add(module_path(source))
+                else:
+                    pending.append(source)
+        return found
+
     def activation_number(self, path: str, kind: str | None, atoms: np.ndarray, dim: int) -> int:
-        """The number of the activation that is called now, with units `atoms` along `dim`; one known from the first graph is found
-        again. `kind` is None for a module; a function gets the name `<path>.<kind>`, `<path>.<kind>_1`, ..."""
-        base = path if kind is None else ".".join(filter(None, [path, kind]))
-        call = self._activation_calls.get((base, kind), 0)
-        self._activation_calls[base, kind] = call + 1
-        behind = [] if self._node is None else [module_path(source) for source in self._node.all_input_nodes]
-        self._called.setdefault((base, kind), []).append((self._graph, behind, atoms))
-        known = self._known.get((base, kind, call))
-        if known is None or self.activations[known].atoms.shape != atoms.shape:
-            name = base
-            if kind is not None:
-                numbered = itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1)))
-                taken = {a.name for a in self.activations}
-                name = next(n for n in numbered if n not in self._modules and n not in taken)
-            self._known[base, kind, call] = len(self.activations)
-            self.activations.append(Activation(name, atoms, dim))
-        return self._known[base, kind, call]
+        """See `ActivationCalls.number`."""
+        behind = set() if self._node is None else self._layers_behind(self._node)
+        return self.activation_calls.number(path, kind, atoms, dim, behind)
 
     def is_read(self, name: str) -> bool:
         """Whether a walked graph reads the parameter or buffer of that name."""

@@ -196,6 +196,23 @@ def test_one_call_behind_another_layer_is_not_taken_for_the_same() -> None:
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize("way", ["dropout", "noise", "none"])
+def test_what_only_training_puts_in_front_of_an_activation_keeps_nothing(way: str) -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act, self.out = nn.Linear(6, 8), dk.DemPReLU(), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            if self.training and way != "none":
+                y = F.dropout(y, 0.5) if way == "dropout" else y + torch.randn_like(y)
+            return self.out(self.act(y))
+
+    model, x = Noisy(), torch.randn(4, 6)
+    assert dk.compact(model, None, x, dead={"act": torch.arange(8) < 3}).removed == {"act": 3}
+
+
 class Written(nn.Module):
     """What only training does depends on the width: a number in a view, a size as a number, a weight as a value."""
 
