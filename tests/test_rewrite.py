@@ -266,33 +266,38 @@ def test_prepare_keeps_what_in_place_means_to_others(act: nn.Module | None) -> N
 class Residual(nn.Module):
     """A convolution, whose output the prepared model may overwrite, and the skip that is added to it."""
 
-    def __init__(self, into: bool) -> None:
+    def __init__(self, way: str) -> None:
         super().__init__()
-        self.conv, self.into = nn.Conv2d(4, 4, 3, padding=1), into
+        self.conv, self.way = nn.Conv2d(4, 4, 3, padding=1), way
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv(x)
-        return y.add_(x) if self.into else y + x
+        if self.way == "add_":
+            return y.add_(x)
+        if self.way == "+=":
+            y += x
+            return y
+        return y + x
 
 
-@pytest.mark.parametrize("into", [False, True])
-def test_a_sum_has_the_dtype_of_the_model(into: bool) -> None:
-    """Under autocast the convolution's output is bfloat16 and the skip float32: a sum promotes, add_ does not."""
-    model, x = Residual(into), torch.randn(2, 4, 5, 5)
+@pytest.mark.parametrize("way", ["+", "+=", "add_"])
+def test_a_sum_has_the_dtype_of_the_model(way: str) -> None:
+    """Under autocast the convolution's output is bfloat16 and the skip float32: `+` promotes, `+=` does not."""
+    model, x = Residual(way), torch.randn(2, 4, 5, 5)
     prepared = dk.prepare(model, x)
     assert prepared.add.inplace
     for mode in (True, False):
         for network in (prepared, dk.finalize(prepared)):
             with torch.autocast("cpu", torch.bfloat16):
                 expected, got = model.train(mode)(x), network.train(mode)(x)
-            assert got.dtype == expected.dtype == (torch.bfloat16 if into else torch.float32)
+            assert got.dtype == expected.dtype == (torch.float32 if way == "+" else torch.bfloat16)
             assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_hooks_of_what_an_addition_overwrites(before: bool) -> None:
     """A full backward hook's module gives out a view, and a forward hook keeps what was computed then."""
-    model, x, kept, gradients = Residual(False), torch.randn(2, 4, 5, 5), [], []
+    model, x, kept, gradients = Residual("+"), torch.randn(2, 4, 5, 5), [], []
     if before:
         model.conv.register_forward_hook(lambda module, args, y: kept.append(y))
     prepared = dk.prepare(model, x)
@@ -300,3 +305,21 @@ def test_hooks_of_what_an_addition_overwrites(before: bool) -> None:
     prepared(x).sum().backward()
     assert torch.equal(gradients[0], torch.ones_like(x))
     assert not before or torch.equal(kept[-1], F.conv2d(x, model.conv.weight, model.conv.bias, padding=1))
+
+
+def test_what_is_added_into_a_tensor_changes_its_other_names() -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            first = y
+            y += 1.0
+            return self.b(F.gelu(y) + first)
+
+    model, x = Aliased(), torch.randn(3, 4)
+    prepared = dk.prepare(model, x)
+    assert_same_function(model, prepared, x)
+    assert torch.equal(dk.finalize(prepared.eval())(x), model.eval()(x))

@@ -15,7 +15,7 @@ from ..norm_modules import DemPBatchNormAct2d
 from ..strided import SubsampledConv2d
 from .capture import materialise
 from .fusion import unfuse_norms
-from .rewrite import EXAMPLE_INPUTS, free_name, node_shape, propagate_shapes, remembered_inputs
+from .rewrite import EXAMPLE_INPUTS, free_name, node_shape, overwritable, propagate_shapes, remembered_inputs
 from .tracing import FLAG, TrainingFlag
 
 __all__ = ["finalize"]
@@ -91,7 +91,9 @@ def _inline_addition(model: fx.GraphModule, node: fx.Node) -> None:
             padding = [0, 0] * (last - 1) + [0, 1]
             padded = model.graph.call_function(F.pad, (b, padding))
             b = model.graph.call_function(torch.index_select, (padded, module.channel_dim, model.graph.get_attr(name)))
-        total = model.graph.call_function(operator.iadd if module.inplace and module.keep_dtype else operator.add, (a, b))
+        # the model's own code wrote into whatever it was; here a's dtype is kept where that is surely right
+        into_a = module.keep_dtype and overwritable(model, a)
+        total = model.graph.call_function(operator.iadd if into_a else operator.add, (a, b))
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total)
     model.graph.erase_node(node)

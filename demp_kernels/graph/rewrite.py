@@ -26,7 +26,7 @@ from .capture import TRACING, as_tuple
 from .fusion import fuse_norms
 from .tracing import PrepareError, attributes_of, trace_both_modes
 
-__all__ = ["PrepareError", "prepare", "remembered_inputs", "swap_activations"]
+__all__ = ["PrepareError", "overwritable", "prepare", "remembered_inputs", "swap_activations"]
 
 EXAMPLE_INPUTS = "demp_example_inputs"
 """Key in `GraphModule.meta` under which `prepare` keeps its example inputs, as meta tensors."""
@@ -116,6 +116,10 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
         _replace_activation(prepared, node)
     for node in list(prepared.graph.nodes):
         _replace_addition(prepared, node)
+    for node in prepared.graph.nodes:
+        # nobody sees what is written over a module's output that is read once, but for its backward pass, which may need it whole
+        if node.target is operator.iadd and isinstance(a := node.args[0], fx.Node) and a.op == "call_module" and len(a.users) == 1:
+            node.target = operator.add
     prepared.graph.lint()
     remembered = tuple(torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x for x in inputs)
     # a deep copy of a GraphModule keeps its `meta` and no further attributes, a pickled one keeps these and no `meta`
@@ -263,7 +267,7 @@ def _replace_addition(model: fx.GraphModule, node: fx.Node) -> None:
         a, b = b, a  # the skip is what the other operand was computed from
     name = free_name(model, ".".join(filter(None, [_owner(node), "add"])))
     channel_dim = 1 if len(shape) in (2, 4, 5) else -1
-    model.add_submodule(name, SelectiveAdd(channel_dim, inplace=_overwritable(model, a), keep_dtype=into_a))
+    model.add_submodule(name, SelectiveAdd(channel_dim, inplace=overwritable(model, a), keep_dtype=into_a))
     with model.graph.inserting_before(node):
         call = model.graph.call_module(name, (a, b))
     call.meta = dict(node.meta)
@@ -271,7 +275,7 @@ def _replace_addition(model: fx.GraphModule, node: fx.Node) -> None:
     model.graph.erase_node(node)
 
 
-def _overwritable(model: fx.GraphModule, node: fx.Node) -> bool:
+def overwritable(model: fx.GraphModule, node: fx.Node) -> bool:
     """Whether nobody needs the value of `node` again: one user, and a producer whose backward and hooks do not read its
     output. A fresh output costs more than the addition itself on the CPU, where its pages are touched for the first time."""
     if len(node.users) != 1 or node.op != "call_module":
