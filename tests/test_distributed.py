@@ -206,10 +206,10 @@ if some is not None and rank == 0:
         refused = str(error)
     del part
 torch.manual_seed(2)
-apart = dk.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4))
+apart = nn.Sequential(nn.Linear(4, 8), dk.DemPReLU(), nn.Linear(8, 8), dk.DemPReLU(), nn.Linear(8, 2))
 with torch.no_grad():
     apart.get_submodule("2").bias[:3] = -100
-noisy = dk.DemP(apart, torch.optim.SGD(apart.parameters(), lr=0.1), total_steps=8, prune_every=2, peak_penalty=0, peak_noise=1e-2, seed=1)
+noisy = dk.DemP(apart, torch.optim.SGD(apart.parameters(), lr=0.1), total_steps=8, prune_every=2, peak_penalty=0, peak_noise=1e-2, seed=1, example_inputs=torch.randn(2, 4))
 for _ in range(2):
     for layer in "01234"[: 5 if rank == 0 else 2]:  # the second rank calls the first activation alone
         x = apart.get_submodule(layer)(torch.ones(3, 4) if layer == "0" else x)

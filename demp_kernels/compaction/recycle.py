@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +85,7 @@ def _makes_columns(modules: Mapping[str, nn.Module], cut: Cut) -> bool:
 def _fresh(modules: Mapping[str, nn.Module], plan: Plan, seed: int) -> list[Tensor]:
     """What each tensor of the plan would be in a newly made module."""
     made: dict[str, nn.Module] = {}
-    cuda = sorted({cut.tensor.device.index for cut in plan.cuts if cut.tensor.is_cuda})
-    with torch.random.fork_rng(cuda):
-        # not torch.manual_seed: it seeds devices as well that are not restored behind this
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[index] for index in cuda)):
-            generator.manual_seed(seed)
+    with _seeded(seed, {cut.tensor.device for cut in plan.cuts}):
         for cut in plan.cuts:
             path = cut.name.rpartition(".")[0]
             if path not in made:
@@ -98,6 +95,22 @@ def _fresh(modules: Mapping[str, nn.Module], plan: Plan, seed: int) -> list[Tens
                     reset()
     leaves = [(cut.name.rpartition(".")[0], cut.name.rpartition(".")[2]) for cut in plan.cuts]
     return [getattr(made[path], leaf).detach() for path, leaf in leaves]
+
+
+@contextmanager
+def _seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Inside, the generators of the CPU and of these devices start from `seed`; behind, they are as before. torch.manual_seed would
+    seed those of all other devices as well, which nothing restores."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            if device.type != "cpu":
+                stack.enter_context(torch.random.fork_rng([device.index], device_type=device.type))
+                accelerator = torch.get_device_module(device.type)
+                with accelerator.device(device.index):
+                    accelerator.manual_seed(seed)
+        yield
 
 
 def _gone(kept: Tensor, size: int) -> Tensor:

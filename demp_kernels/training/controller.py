@@ -186,8 +186,7 @@ class DemP:
             require_integer("seed", seed)
         drawn = torch.randint(2**62, (1,)) if seed is None else torch.tensor([seed])
         self._noise_seed = from_first_rank(drawn.to(device=device, dtype=torch.int64))
-        if is_distributed():
-            allocate_counters(self._model, self._calls)
+        self._allocate_counters()
         self._liveness = StepLiveness(self._model)
         self._steerer = None if steering is None else self._steered(steering, inputs)
         self._weighing = Weighing(self._wrapper, self._optimizers, self.graph, as_tuple(inputs)) if policy == "when_it_pays" else None
@@ -304,6 +303,7 @@ class DemP:
             assert module.active is not None and module.seen is not None
             module.active.copy_(counts["active"])
             module.seen.copy_(counts["seen"])
+        self._allocate_counters()
         self._noise_seed.copy_(state["noise_seed"])
         self._steps_done = state["steps_done"]
         if self._steerer is not None and state.get("steering") is not None:
@@ -350,6 +350,10 @@ class DemP:
     def _width_step(self) -> int:
         return width_step(self._model) if isinstance(self.round_to, str) else self.round_to
 
+    def _allocate_counters(self) -> None:
+        if is_distributed():
+            allocate_counters(self._model, self._calls)
+
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
         live = of_calls(self._calls, any_rank(self._liveness.take()))
@@ -375,6 +379,7 @@ class DemP:
         report = replace(report, payoff=payoff)
         for module in activations_of(self._model).values():
             module.reset_counts()
+        self._allocate_counters()
         self._liveness.restart()
         if report.changed:
             refit_wrappers(self._wrapper)

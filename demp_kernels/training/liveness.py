@@ -34,10 +34,12 @@ def counters_of(model: nn.Module) -> list[Tensor]:
 
 
 def allocate_counters(model: nn.Module, calls: Mapping[str, list[ActivationUnits]]) -> None:
-    """Give every activation counters, so that ranks exchange the same ones where not every rank has called each of them yet."""
+    """Give every activation of one width counters, so that ranks exchange the same ones where not every rank has called each of
+    them yet."""
     for name, module in activations_of(model).items():
-        if module.active is None and calls.get(name):
-            module.allocate(calls[name][0].atoms.size, next(model.parameters()).device)
+        widths = {call.atoms.size for call in calls.get(name, ())}
+        if module.active is None and len(widths) == 1:
+            module.allocate(widths.pop(), next(model.parameters()).device)
 
 
 def calls_by_name(model: nn.Module, graph: UnitGraph) -> dict[str, list[ActivationUnits]]:
