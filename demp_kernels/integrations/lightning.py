@@ -61,7 +61,7 @@ class DemPCallback(Callback):
         options = dict(self.options)
         if "total_steps" not in options:
             expected = trainer.estimated_stepping_batches
-            if expected == float("inf"):
+            if not 0 < expected < float("inf"):
                 raise ValueError("DemPCallback must be given total_steps where the Trainer has no end, got max_epochs=-1 and none")
             options["total_steps"] = int(expected)
         self.demp = DemP(self.network, trainer.optimizers[0], **options)

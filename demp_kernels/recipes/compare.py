@@ -64,6 +64,8 @@ class Comparison:
                 raise RecipeError(f"methods must be of {', '.join(METHODS)}, got {method!r}")
             if method in OUTSIDE:
                 need("torch_pruning", f"the method {method}")  # now rather than when hours of training are done
+        if not self.methods:
+            raise RecipeError("methods must be one or more, got none")
         if len(set(self.methods)) < len(self.methods):
             raise RecipeError(f"methods must be different ones, got {' '.join(self.methods)}")
         if self.dense_lr is not None and not 0 < self.dense_lr < math.inf:
@@ -287,18 +289,18 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
     free = {*FREE, "seed", "peak_penalty", "baseline"} - ({"data_dir"} if settings.data == "folder" else set())
     facts = {name: value for name, value in settings.as_json().items() if name not in free}
     facts |= {"torch_threads": torch.get_num_threads(), "dense_lr": comparison.dense_lr}
-    # budgets are levels, and where they end is a setting above
-    free |= {"target_flops", "steer_until"}
-    facts["fast"] = {
-        name: comparison.fast.get(name, getattr(settings, name)) for name in PRESETS["fast"] if name not in free
-    }
+    if "demp-fast" in comparison.methods:
+        # budgets are levels, and where they end is a setting above
+        own = PRESETS["fast"].keys() - free - {"target_flops", "steer_until"}
+        facts["fast"] = {name: comparison.fast.get(name, getattr(settings, name)) for name in sorted(own)}
     facts = json.loads(json.dumps(facts))
-    file = settings.out / SETTINGS_FILE
+    file, written = settings.out / SETTINGS_FILE, {}
     if file.is_file():
-        # a setting that is not there had its default: it came with a later version; of `fast` nothing is known then
-        defaults = json.loads(json.dumps({**TrainSettings().as_json(), "fast": facts["fast"]}))
+        # a setting that is not there had its default: it came with a later version; those of `fast` are not known before the first
+        defaults = json.loads(json.dumps({**TrainSettings().as_json(), "fast": facts.get("fast")}))
         try:
-            before = {**defaults, **json.loads(file.read_text())}
+            written = json.loads(file.read_text())
+            before = {**defaults, **written}
         except (ValueError, TypeError) as error:
             raise RecipeError(f"out has a damaged {SETTINGS_FILE}: {file}") from error
         for name in facts:
@@ -306,8 +308,8 @@ def _runs_folder(settings: TrainSettings, comparison: Comparison) -> Path:
                 raise RecipeError(
                     f"out has a comparison with {name} {before.get(name)}, got {facts[name]}: choose another --out"
                 )
-    else:
-        _write_whole(file, json.dumps(facts, indent=2) + "\n")
+    if not facts.items() <= written.items():
+        _write_whole(file, json.dumps({**written, **facts}, indent=2) + "\n")
     return folder
 
 

@@ -67,19 +67,24 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     ended: KeyboardInterrupt | RecipeError | None = None
     try:
         with ProgressDisplay(console) as progress:
+            setup_seconds = 0.0
             if settings.baseline and not checkpoints["demp"].is_file():
-                Training(settings, Demon(), read_data(settings), [])  # what it refuses is known before hours of the dense run
+                # what it refuses is known before hours of the dense run
+                setup_seconds = Training(settings, Demon(), read_data(settings), []).result.setup_seconds
                 gc.collect()
             for method in methods:
                 training = Training(settings, method, read_data(settings), [*logs, progress])
+                if method.name == "demp":  # a process pays its imports the first time
+                    training.result.setup_seconds = max(training.result.setup_seconds, setup_seconds)
                 if checkpoints[method.name].is_file():
                     _note_other(console, ranks, *training.load(checkpoints[method.name]))
                 runs.append(training.result)
                 try:
                     training.run(checkpoints[method.name])
                 except RecipeError as error:
-                    if ranks.count > 1:
-                        raise  # this rank alone may know
+                    # this rank alone may know; and where a checkpoint could not be written, files of an earlier stop stay whole
+                    if ranks.count > 1 or isinstance(error.__cause__, OSError):
+                        raise
                     ended = error
                     break
                 del training
@@ -98,12 +103,7 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     stopped = isinstance(ended, KeyboardInterrupt)
     content = report.summary(runs, settings, data, facts, interrupted=ended is not None)
     if ranks.first:
-        try:
-            files = _write(out, runs, content)
-        except OSError:
-            if isinstance(ended, RecipeError):
-                raise ended from None  # of a full disk it tells more: the checkpoint that was not written
-            raise
+        files = _write(out, runs, content)
         console.print(report.terminal_table(content))
         console.print(f"{'stopped; ' if stopped else ''}written to {out}: report.html, {', '.join(files)}", soft_wrap=True)
         if stopped:

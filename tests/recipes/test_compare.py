@@ -154,8 +154,10 @@ def test_another_comparison_in_out_is_refused(finished: Path, capsys: pytest.Cap
 
 def test_flags_over_the_preset_make_another_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.json").write_text('{"criterion": "scan"}')  # of all but the demp-fast runs, whose preset has another
-    start = [*SMALL, "--epochs", "1", "--seeds", "1", "--methods", "dense", "--recipe", str(tmp_path / "mine.json")]
-    start += ["--out", str(tmp_path / "out")]
+    start = [*SMALL, "--epochs", "1", "--seeds", "1", "--recipe", str(tmp_path / "mine.json"), "--out", str(tmp_path / "out"), "--methods"]
+    assert main([*start, "dense"]) == 0
+    assert main([*start, "dense", "--criterion", "scan"]) == 0
+    start.append("demp-fast")
     assert main(start) == 0
     assert main([*start, "--criterion", "scan"]) == 2
     assert "out has a comparison with fast {'criterion': 'window'" in capsys.readouterr().err
