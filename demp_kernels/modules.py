@@ -254,7 +254,7 @@ class SelectiveAdd(nn.Module):
         channel_dim: dimension of the channels.
         inplace: write the sum into a, in training. Only right where nobody needs a, a backward pass included. Not done where it
             would change the sum's dtype, or where a is a view, as the output of a module with full backward hooks is.
-        keep_dtype: the sum has the dtype of a, as that of `a += b` has, instead of the promoted one.
+        keep_dtype: the sum has the dtype of a, as that of `a.add_(b)` has, instead of the promoted one.
     """
 
     keep_dtype: bool = False

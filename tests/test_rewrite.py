@@ -272,22 +272,20 @@ class Residual(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv(x)
-        if self.way == "add_":
-            return y.add_(x)
-        if self.way == "+=":
-            y += x
-            return y
-        return y + x
+        return y.add_(x) if self.way == "add_" else y + x
 
 
-@pytest.mark.parametrize("way", ["+", "+=", "add_"])
+@pytest.mark.parametrize("way", ["+", "add_"])
 def test_a_sum_has_the_dtype_of_the_model(way: str) -> None:
-    """Under autocast the convolution's output is bfloat16 and the skip float32: `+` promotes, `+=` does not."""
+    """Under autocast the convolution's output is bfloat16 and the skip float32: `+` promotes, `add_` does not."""
     model, x = Residual(way), torch.randn(2, 4, 5, 5)
     prepared = dk.prepare(model, x)
     assert prepared.add.inplace
     for mode in (True, False):
-        for network in (prepared, dk.finalize(prepared)):
+        buffer = io.BytesIO()
+        torch.save(dk.finalize(prepared), buffer)
+        buffer.seek(0)
+        for network in (prepared, torch.load(buffer, weights_only=False)):
             with torch.autocast("cpu", torch.bfloat16):
                 expected, got = model.train(mode)(x), network.train(mode)(x)
             assert got.dtype == expected.dtype == (torch.float32 if way == "+" else torch.bfloat16)
@@ -305,21 +303,3 @@ def test_hooks_of_what_an_addition_overwrites(before: bool) -> None:
     prepared(x).sum().backward()
     assert torch.equal(gradients[0], torch.ones_like(x))
     assert not before or torch.equal(kept[-1], F.conv2d(x, model.conv.weight, model.conv.bias, padding=1))
-
-
-def test_what_is_added_into_a_tensor_changes_its_other_names() -> None:
-    class Aliased(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.a(x)
-            first = y
-            y += 1.0
-            return self.b(F.gelu(y) + first)
-
-    model, x = Aliased(), torch.randn(3, 4)
-    prepared = dk.prepare(model, x)
-    assert_same_function(model, prepared, x)
-    assert torch.equal(dk.finalize(prepared.eval())(x), model.eval()(x))

@@ -99,13 +99,13 @@ def _fresh(modules: Mapping[str, nn.Module], plan: Plan, seed: int) -> list[Tens
 
 @contextmanager
 def _seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
-    """Inside, the generators of the CPU and of these devices start from `seed`; behind, they are as before. torch.manual_seed would
+    """Inside, the generators of the CPU and of these GPUs start from `seed`; behind, they are as before. torch.manual_seed would
     seed those of all other devices as well, which nothing restores."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([]))
+        stack.enter_context(torch.random.fork_rng([], device_type="cpu"))
         torch.default_generator.manual_seed(seed)
         for device in devices:
-            if device.type != "cpu":
+            if device.type in ("cuda", "xpu"):
                 stack.enter_context(torch.random.fork_rng([device.index], device_type=device.type))
                 accelerator = torch.get_device_module(device.type)
                 with accelerator.device(device.index):

@@ -93,7 +93,7 @@ def _inline_addition(model: fx.GraphModule, node: fx.Node) -> None:
             b = model.graph.call_function(torch.index_select, (padded, module.channel_dim, model.graph.get_attr(name)))
         # the model's own code wrote into whatever it was; here a's dtype is kept where that is surely right
         into_a = module.keep_dtype and overwritable(model, a)
-        total = model.graph.call_function(operator.iadd if into_a else operator.add, (a, b))
+        total = model.graph.call_method("add_", (a, b)) if into_a else model.graph.call_function(operator.add, (a, b))
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total)
     model.graph.erase_node(node)

@@ -99,7 +99,7 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
         further calls `layer1.0.relu_1`); functional ones are named after the module that calls them
         (`features.relu`, `features.relu_1`). In training the sum of an addition is written into its first operand where that
         is the output of a convolution or normalisation that nobody else reads; a forward hook that keeps such an output is to be
-        registered before.
+        registered before. `a += b` is traced as a + b: a new tensor, of the dtype that both promote to.
 
     Raises:
         PrepareError: the model cannot be traced, or its forward takes another path in training than in evaluation.
@@ -116,10 +116,6 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
         _replace_activation(prepared, node)
     for node in list(prepared.graph.nodes):
         _replace_addition(prepared, node)
-    for node in prepared.graph.nodes:
-        # nobody sees what is written over a module's output that is read once, but for its backward pass, which may need it whole
-        if node.target is operator.iadd and isinstance(a := node.args[0], fx.Node) and a.op == "call_module" and len(a.users) == 1:
-            node.target = operator.add
     prepared.graph.lint()
     remembered = tuple(torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x for x in inputs)
     # a deep copy of a GraphModule keeps its `meta` and no further attributes, a pickled one keeps these and no `meta`

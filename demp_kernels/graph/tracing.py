@@ -33,22 +33,11 @@ class TrainingFlag(nn.Module):
         return self.training
 
 
-class SumProxy(fx.Proxy):
-    """An `fx.Proxy` that records `a += b` as what it is. Without this Python takes it for a + b, which is a new tensor, of
-    another dtype perhaps: every other name of `a` would miss the change."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-
 class ModeTracer(fx.Tracer):
     """`fx.Tracer` that does not look into torch.nn's and this package's modules, nor into childless ones that ask for
     their own mode (torchvision's StochasticDepth)."""
 
     record_stack_traces = True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return SumProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (DemPActivation, DemPBatchNormAct2d, SelectiveAdd, SubsampledConv2d, TrainingFlag)):

@@ -62,7 +62,7 @@ class DemPCallback(Callback):
         if "total_steps" not in options:
             expected = trainer.estimated_stepping_batches
             if not 0 < expected < float("inf"):
-                raise ValueError("DemPCallback must be given total_steps where the Trainer has no end, got max_epochs=-1 and none")
+                raise ValueError(f"DemPCallback must be given total_steps where the Trainer knows no end, got {expected} steps")
             options["total_steps"] = int(expected)
         self.demp = DemP(self.network, trainer.optimizers[0], **options)
         self._seen = 0

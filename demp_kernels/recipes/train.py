@@ -31,10 +31,10 @@ def train(settings: TrainSettings, *, resume: bool = False) -> dict[str, Any]:
     resume: go on with the run that `out` holds, killed at whatever moment, from its checkpoints: with the same number of
         threads its weights end bit for bit as if it had never been stopped. Without one there, begin.
 
-    Returns what summary.json holds. After Ctrl-C, or where a run fails (its loss is not finite), the same files say what was
-    known, `interrupted` is true, and KeyboardInterrupt or RecipeError goes on. Of several ranks (see `ranks.joined`) the first
-    prints and writes; `out` must be a folder that all of them see; a failure there ends them all with nothing written. Raises
-    RecipeError, in one line, for what cannot be trained, or resumed with other settings.
+    Returns what summary.json holds. After Ctrl-C, or where a loss is not finite, the same files say what was known, `interrupted`
+    is true, and KeyboardInterrupt or RecipeError goes on. Of several ranks (see `ranks.joined`) the first prints and writes; `out`
+    must be a folder that all of them see; a loss that is not finite ends them all with nothing written. Raises RecipeError, in one
+    line, for what cannot be trained, or resumed with other settings.
     """
     # found missing now rather than when hours of training are to be written down
     for module in ("rich", "matplotlib"):

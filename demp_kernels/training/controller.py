@@ -297,6 +297,8 @@ class DemP:
         it). Raises ValueError, with nothing changed, if the state belongs to another model or run length."""
         self.check_state_dict(state, self.live_units)
         modules = activations_of(self._model)
+        for module in modules.values():
+            module.reset_counts()
         for name, counts in state["counters"].items():
             module = modules[name]
             module.allocate(len(counts["active"]), self._noise_seed.device)
