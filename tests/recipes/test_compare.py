@@ -164,8 +164,8 @@ def test_flags_over_the_preset_make_another_comparison(tmp_path: Path, capsys: p
     assert main(start) == 0
 
 
-def test_a_comparison_that_cannot_be_written_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings are written once, and not again at every start, when a kill in the middle would leave half of them."""
+def test_the_settings_of_a_comparison_are_written_once(tmp_path: Path) -> None:
+    """Not again at every start, when a kill in the middle would leave half of them."""
     start = [*SMALL, "--epochs", "1", "--seeds", "1", "--methods", "dense", "--out", str(tmp_path)]
     assert main(start) == 0
     before = (tmp_path / "comparison.json").stat().st_mtime_ns
