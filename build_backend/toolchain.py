@@ -18,7 +18,6 @@ from pathlib import Path
 OLDEST_TORCH = (2, 11)
 # The same version as TORCH_TARGET_VERSION wants it: major, minor, patch, one byte each from the top.
 TORCH_TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000ULL"
-DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 class Unavailable(Exception):
@@ -122,6 +121,12 @@ def _nvcc_version(path: Path) -> str | None:
         return None
     found = re.search(r"release (\d+\.\d+)", shown)
     return found.group(1) if found else None
+
+
+def default_cuda_architectures(nvcc: Nvcc) -> str:
+    """Every GPU that torch's builds of this CUDA release run on, by machine code or, the newest ones, by PTX: 7.5 is T4 and RTX 20, with
+    which CUDA 13 begins; nvcc knows 10.0 from 12.8 on."""
+    return "7.5;8.0;9.0;10.0+PTX" if release_of(nvcc.version) >= (12, 8) else "7.5;8.0;9.0+PTX"
 
 
 def cuda_architecture_flags(listed: str) -> list[str]:

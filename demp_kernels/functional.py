@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
-from .arguments import require_integer, require_number, require_tensor
+from .arguments import raise_out_of_memory, require_integer, require_number, require_tensor
 from .ops import activation as _activation
 from .ops import channel_select as _channel_select
 from .ops import norm_act as _norm_act
@@ -125,7 +125,8 @@ def norm_act(
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 y, active, mean, var, _ = _norm_act.forward(*arguments)
-    except _WRONG:
+    except _WRONG as error:
+        raise_out_of_memory(error)
         tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
         _check_kinds("norm_act", {"x": x, **{name: t for name, t in tensors.items() if t is not None}},
                      slope=slope, eps=eps, noise_std=noise_std)
@@ -153,7 +154,8 @@ def weight_noise_(
         seed = _seed(seed, tensors[0].device)
         with torch.no_grad():
             _weight_noise.weight_noise_(tensors, live, std, seed)
-    except _WRONG:
+    except _WRONG as error:
+        raise_out_of_memory(error)
         _check_kinds("weight_noise_", {f"tensors[{i}]": t for i, t in enumerate(tensors)}, std=std)
         _check_kinds("weight_noise_", {f"live[{i}]": t for i, t in enumerate(live) if t is not None})
         checked = _checked_seed("weight_noise_", seed, tensors[0])
@@ -171,7 +173,8 @@ def channel_select(x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int =
             _channel_select.check(x, index, inverse, channel_dim)
             return reference.channel_select(x, index, channel_dim)
         return _channel_select.channel_select(x, index, inverse, channel_dim)
-    except _WRONG:
+    except _WRONG as error:
+        raise_out_of_memory(error)
         _check_kinds("channel_select", {"x": x, "index": index, "inverse": inverse})
         require_integer("channel_select: channel_dim", channel_dim)
         _channel_select.check(x, index, inverse, channel_dim)
@@ -200,7 +203,8 @@ def _forward(
                 y, active, _ = _activation.forward(x, activation, slope, channel_dim, noise_std, seed)
             return y, active
         return _activation.Forward.apply(x, activation, slope, channel_dim, noise_std, seed)
-    except _WRONG:
+    except _WRONG as error:
+        raise_out_of_memory(error)
         # The compiled kernels check as `check_forward` does and know no ValueError: raise it here, off the hot path.
         seed = _check_activation(x, slope, channel_dim, noise_std, seed)
         _activation.check_forward(x, activation, slope, channel_dim, noise_std, seed)
@@ -209,7 +213,8 @@ def _forward(
 
 def is_tiny(x: Tensor) -> bool:
     """PyTorch's relu and a second look at x are cheaper than the op that does both, and nothing traces the call."""
-    return isinstance(x, Tensor) and x.numel() <= _TINY and x.is_cpu and not _is_traced()
+    # the size last: traced, it would be a guard, and other sizes a recompilation
+    return isinstance(x, Tensor) and x.is_cpu and not _is_traced() and x.numel() <= _TINY
 
 
 def relu_into(x: Tensor, channel_dim: int, active: Tensor, seen: Tensor | None) -> Tensor:
@@ -234,7 +239,8 @@ def _forward_(
             return x.copy_(y), active
         seed = _seed(seed, x.device) if noise_std > 0 else None
         return _activation.InPlace.apply(x, activation, slope, channel_dim, noise_std, seed)
-    except _WRONG:
+    except _WRONG as error:
+        raise_out_of_memory(error)
         seed = _check_activation(x, slope, channel_dim, noise_std, seed)
         if _activation.is_dense(x):  # of other strides is a copy, which the framework has refused to write back
             _activation.check_forward_(x, activation, slope, channel_dim, noise_std, seed)

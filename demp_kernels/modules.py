@@ -29,6 +29,9 @@ class DemPActivation(nn.Module):
         noise_std: standard deviation of the noise on active elements, >= 0; training mode only.
         channel_dim: the dimension of the input that holds the units (1 for images, -1 for token sequences).
 
+    Shapes: x (N, C, *) -> y of the same shape, dtype and memory format; float32, bfloat16, float16 or float64, as in
+    `functional`. Raises ValueError if x has no channel dimension.
+
     The counters move with the module between devices but are no buffers: they never enter the `state_dict`, so a
     checkpoint of the plain model loads into this one and back, and DistributedDataParallel does not overwrite them with
     those of rank 0 before every forward. They are created at the first forward in training mode, when the number of
@@ -111,7 +114,13 @@ class DemPActivation(nn.Module):
         return self.active, self.seen
 
     def allocate(self, channels: int, device: torch.device | str | None = None) -> None:
-        """Create zeroed counters for `channels` units, replacing those there are."""
+        """Create zeroed counters for `channels` units, replacing those there are. Raises RuntimeError while a CUDA graph is captured,
+        each replay of which would zero them."""
+        if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__} must have counters before a CUDA graph is captured, got none: "
+                "train a step, or call allocate(channels, device)"
+            )
         # a first forward in inference mode would else leave tensors that no training step may write to
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self.active = torch.zeros(channels, dtype=torch.int64, device=device)
@@ -149,10 +158,7 @@ class DemPReLU(DemPActivation):
 
     Args:
         inplace: overwrite the input, as `nn.ReLU(inplace=True)` does.
-        noise_std, channel_dim: see `DemPActivation`.
-
-    Shapes: x (N, C, *) -> y of the same shape, dtype and memory format. Raises ValueError if x has no channel
-    dimension.
+        noise_std, channel_dim: see `DemPActivation`, as for shapes, dtypes and errors.
     """
 
     def __init__(self, inplace: bool = False, noise_std: float = 0.0, channel_dim: int = 1) -> None:
@@ -183,7 +189,13 @@ class DemPReLU(DemPActivation):
 
 
 class DemPLeakyReLU(DemPActivation):
-    """Drop-in for `nn.LeakyReLU`: y = x if x > 0 else negative_slope * x; a unit is active where x > 0."""
+    """Drop-in for `nn.LeakyReLU`: y = x if x > 0 else negative_slope * x; a unit is active where x > 0.
+
+    Args:
+        negative_slope: finite; ValueError else.
+        inplace: overwrite the input where the slope is positive.
+        noise_std, channel_dim: see `DemPActivation`, as for shapes, dtypes and errors.
+    """
 
     def __init__(
         self, negative_slope: float = 0.01, inplace: bool = False, noise_std: float = 0.0, channel_dim: int = 1
@@ -210,7 +222,12 @@ class DemPLeakyReLU(DemPActivation):
 
 
 class DemPGELU(DemPActivation):
-    """Drop-in for `nn.GELU` (`approximate` "none" or "tanh"); a unit is active where x > 0."""
+    """Drop-in for `nn.GELU`: y = x Phi(x); a unit is active where x > 0.
+
+    Args:
+        approximate: "none", or "tanh" for y = x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2; ValueError else.
+        noise_std, channel_dim: see `DemPActivation`, as for shapes, dtypes and errors.
+    """
 
     def __init__(self, approximate: str = "none", noise_std: float = 0.0, channel_dim: int = 1) -> None:
         super().__init__(noise_std=noise_std, channel_dim=channel_dim)
@@ -229,7 +246,8 @@ class DemPGELU(DemPActivation):
 
 
 class DemPSiLU(DemPActivation):
-    """Drop-in for `nn.SiLU`: y = x * sigmoid(x); a unit is active where x > 0."""
+    """Drop-in for `nn.SiLU`: y = x * sigmoid(x); a unit is active where x > 0. Arguments, shapes, dtypes and errors: see
+    `DemPActivation`."""
 
     def __init__(self, noise_std: float = 0.0, channel_dim: int = 1) -> None:
         super().__init__(noise_std=noise_std, channel_dim=channel_dim)

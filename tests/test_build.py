@@ -231,3 +231,28 @@ def test_import_is_light() -> None:
     done = run(f"import sys, demp_kernels; print([name for name in {heavy} if name in sys.modules])")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+# A machine with a GPU for which there are no kernels.
+GPU_WITHOUT_KERNELS = """
+import sys, warnings
+import torch
+torch.cuda.device_count = lambda: 1
+sys.modules["triton"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import demp_kernels
+print([str(w.message) for w in caught if "GPU" in str(w.message)])
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+def test_a_gpu_does_not_silently_run_the_reference(bare_package: Path) -> None:
+    warned = run(GPU_WITHOUT_KERNELS, bare_package)
+    assert warned.returncode == 0, warned.stderr
+    assert "no kernels for the GPU, using the slower PyTorch reference there: CUDA: " in warned.stdout
+    assert "Triton cannot be imported" in warned.stdout
+    if file := build_record.library_file("_C"):
+        shutil.copy(file, bare_package / "demp_kernels")
+        refused = run(GPU_WITHOUT_KERNELS, bare_package, DEMP_BACKEND="native")
+        assert refused.returncode != 0 and "DEMP_BACKEND=native: no kernels for the GPU" in refused.stderr

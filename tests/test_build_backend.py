@@ -46,6 +46,14 @@ def test_release(version: str, release: tuple[int, int]) -> None:
     assert module("toolchain").release_of(version) == release
 
 
+@pytest.mark.parametrize(("version", "newest"), [("12.6", "9.0+PTX"), ("12.8", "10.0+PTX"), ("13.0", "10.0+PTX")])
+def test_default_architectures_are_those_that_nvcc_knows(version: str, newest: str, tmp_path: Path) -> None:
+    toolchain = module("toolchain")
+    listed = toolchain.default_cuda_architectures(toolchain.Nvcc(tmp_path / "nvcc", version, tmp_path))
+    assert listed.split(";")[0] == "7.5" and listed.split(";")[-1] == newest
+    assert toolchain.cuda_architecture_flags(listed)[0] == "-gencode=arch=compute_75,code=sm_75"
+
+
 def test_compiler_named_by_cxx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     toolchain = module("toolchain")
     compiler = program(tmp_path / "my-c++", "echo 'my compiler 1.0'\n")

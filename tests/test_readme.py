@@ -1,4 +1,4 @@
-"""The README's code runs, its two commands are where `.ci/run` looks for them, and its links lead somewhere."""
+"""The README's code runs, its two commands are where `.ci/run` looks for them, and the links of all pages lead somewhere."""
 from __future__ import annotations
 
 import os
@@ -40,7 +40,15 @@ def test_two_commands_install_and_run() -> None:
     assert test.endswith('pip install -e ".[test]" && pytest -n 2 --dist loadfile')
 
 
-def test_files_it_names_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/compared.md"])
+def test_files_and_headings_it_names_exist(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        name, _, heading = target.partition("#")
+        if "://" in target:
+            continue
+        assert (path.parent / name).exists(), target
+        if heading:
+            text = (path.parent / name if name else path).read_text()
+            headings = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+            assert heading in headings, target

@@ -206,6 +206,33 @@ def test_finalize_keeps_tensors_that_the_forward_does_not_reach() -> None:
     assert not any(type(m).__module__.startswith("demp_kernels") for m in plain.modules())
 
 
+class AsksForItsMode(nn.Module):
+    """A functional batch norm, which is told by an argument whether it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(F.batch_norm(self.linear(x), self.mean, self.var, training=self.training))
+
+
+def test_finalised_functions_that_are_told_the_mode_follow_it_wherever_they_go() -> None:
+    x = torch.randn(5, 6)
+    model = AsksForItsMode()
+    plain = dk.finalize(dk.prepare(model, x))
+    buffer = io.BytesIO()
+    torch.save(plain, buffer)
+    buffer.seek(0)
+    for way in (plain, copy.deepcopy(plain), torch.load(buffer, weights_only=False), dk.prepare(plain, x)):
+        for training in (True, False, True):
+            assert torch.equal(way.train(training)(x), copy.deepcopy(model).train(training)(x))
+            way.load_state_dict(model.state_dict())
+    torch.testing.assert_close(torch.export.export(plain.eval(), (x,)).module()(x), model.eval()(x))
+
+
 def test_finalize_keeps_a_selection() -> None:
     class Residual(nn.Module):
         def __init__(self) -> None:

@@ -37,3 +37,22 @@ def test_a_removal_a_step_never_ends_compilation(way: str) -> None:
         optimizer.zero_grad()
         demp.step()
         assert layer.out_features == 16 - removed
+
+
+@pytest.mark.parametrize("module", [dk.DemPReLU(), dk.DemPBatchNormAct2d(16)])
+def test_batches_of_any_size_are_one_graph(module: nn.Module) -> None:
+    """The way of tiny tensors is not asked for while tracing: the question would be a guard on the size."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(module, backend=count)
+    module.get_submodule("act").allocate(16) if hasattr(module, "act") else module.allocate(16)
+    for batch in (3, 5, 70, 7, 90):  # 192 to 5,760 values a channel: below and above what is tiny
+        x = torch.randn(batch, 16, 8, 8)
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled(x)
+    assert len(graphs) == 1

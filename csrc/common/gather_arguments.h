@@ -30,6 +30,9 @@ inline void check_compact(const char* op, const std::vector<Tensor>& sources,
       fail(op, ": sources[", i, "] must have at least ", needed, " dimensions, got shape ",
            tuple_text(sources[i].sizes()));
     }
+    if (!same_device(sources[i], sources[0])) {
+      fail(op, ": sources[", i, "] must be on ", device_text(sources[0]), " like the first, got ", device_text(sources[i]));
+    }
     if (rows[i]) check_index(*rows[i], sources[i], op, ": rows[", i, "]");
     if (columns[i]) check_index(*columns[i], sources[i], op, ": columns[", i, "]");
   }

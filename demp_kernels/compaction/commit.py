@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..arguments import is_out_of_memory
 from ..ops.compact import compact as compact_op
 from ..ops.compact import compact_ as compact_in_place_op
 from ..reference import memory_format
@@ -188,7 +189,7 @@ def _exchange(batch: Sequence[_Job]) -> int:
     try:
         contents = compact_op(*arguments)
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         compact_in_place_op(*arguments)
         contents = [_front(job.tensor.detach(), job.shape) for job in batch]
@@ -197,10 +198,6 @@ def _exchange(batch: Sequence[_Job]) -> int:
     for job, content in zip(batch, contents):
         job.replace(content)
     return freed
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error)  # the CPU's allocator has no type of its own
 
 
 def _strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:

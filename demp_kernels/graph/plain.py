@@ -29,6 +29,10 @@ def finalize(model: nn.Module) -> nn.Module:
     an fx.GraphModule of a pooling and a convolution, which can go on training as well. Same `state_dict` keys, but for an
     addition that selects: it has an index buffer (`<name>_index`) instead of `<name>.channels`, without which `shrink_to` cannot
     tell the channels. The copy shares nothing with `model`.
+
+    A function that is told the mode (`F.batch_norm(..., training=self.training)`; dropouts become modules) goes on asking a
+    `TrainingFlag` of this package, as a pickled GraphModule is traced anew where it is loaded and would keep a bare
+    `self.training` as the constant of that moment. Save such a network by its state_dict or by torch.export.
     """
     require_module("finalize: model", model)
     plain = copy.deepcopy(model)

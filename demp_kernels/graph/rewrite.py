@@ -85,7 +85,8 @@ def prepare(model: nn.Module, example_inputs: Tensor | Sequence[Any], *, fuse: b
 
     Args:
         model: any model that `torch.fx` can trace. It is left as it is; the result shares its parameters and buffers,
-            so an optimiser built on either trains both.
+            so an optimiser built on either trains both. Once units were removed its own forward fits no more: go on with the
+            result.
         example_inputs: a tensor or a tuple of the forward's positional arguments. Only shapes, dtypes and devices are
             used: nothing is computed.
         fuse: make BatchNorm2d -> activation and BatchNorm2d -> residual addition -> activation one op each

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..arguments import raise_out_of_memory
 
 ACTIVATIONS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -268,7 +269,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, No
     if saved is None:
         saved = mask.new_empty(0, dtype=grad.dtype)
     apply = Gradient.apply if torch.is_grad_enabled() else backward
-    grad_x = apply(grad.contiguous(memory_format=ctx.memory_format), saved, mask, ctx.activation, ctx.slope)
+    try:
+        grad_x = apply(grad.contiguous(memory_format=ctx.memory_format), saved, mask, ctx.activation, ctx.slope)
+    except RuntimeError as error:
+        raise_out_of_memory(error)
+        raise
     return grad_x, None, None, None, None, None
 
 

@@ -45,15 +45,21 @@ def load(package: Path = Path(__file__).resolve().parent.parent) -> None:
     else:
         _load_library(package, "_C_cuda")
     _register_triton()
-    if "_C" in loaded:
-        return
-    if chosen == "native":
-        raise RuntimeError(f"DEMP_BACKEND=native: no compiled kernels: {reasons['_C']}")
-    warnings.warn(
-        f"demp_kernels: no compiled kernels, using the slower PyTorch reference: {reasons['_C']}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    missing = [] if "_C" in loaded else [f"no compiled kernels, using the slower PyTorch reference: {reasons['_C']}"]
+    if "_C_cuda" not in loaded and "triton" not in loaded and _has_cuda_device():
+        missing.append(
+            "no kernels for the GPU, using the slower PyTorch reference there: "
+            f"CUDA: {reasons['_C_cuda']}; Triton: {reasons['triton']}"
+        )
+    if missing and chosen == "native":
+        raise RuntimeError(f"DEMP_BACKEND=native: {missing[0]}")
+    for text in missing:
+        warnings.warn(f"demp_kernels: {text}", RuntimeWarning, stacklevel=2)
+
+
+def _has_cuda_device() -> bool:
+    """Asked of NVML, where it is there: a CUDA driver that is awake at import could not be used behind a fork."""
+    return torch.cuda.device_count() > 0
 
 
 def _register_triton() -> None:
@@ -65,7 +71,7 @@ def _register_triton() -> None:
     if chosen == "native":
         reasons["triton"] = "DEMP_BACKEND=native"
         return
-    if chosen != "triton" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+    if chosen != "triton" and not (_has_cuda_device() or torch.xpu.is_available()):
         reasons["triton"] = "no GPU"
         return
     try:

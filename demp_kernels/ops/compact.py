@@ -52,6 +52,8 @@ def check(
             raise ValueError(
                 f"{op}: sources[{i}] must have at least {needed} dimensions, got shape {shape_text(source.shape)}"
             )
+        if source.device != sources[0].device:
+            raise ValueError(f"{op}: sources[{i}] must be on {sources[0].device} like the first, got {source.device}")
         for name, index in (("rows", rows[i]), ("columns", columns[i])):
             if index is not None and (index.dim() != 1 or index.dtype != torch.int64 or index.device != source.device):
                 raise ValueError(

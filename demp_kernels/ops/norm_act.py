@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..arguments import raise_out_of_memory
 from .activation import ACTIVATIONS, DTYPES, dtype_name, is_dense, memory_format, same_order, shape_text
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -116,12 +117,14 @@ def check_backward(
                 f"norm_act: {name} must have shape ({x.shape[1]},) and dtype {dtype_name(wide(x.dtype))}, got shape "
                 f"{shape_text(value.shape)} and dtype {dtype_name(value.dtype)}"
             )
+        _check_device(name, value, x)
     if added and activation in ("relu", "leaky_relu"):
         if mask.dtype != torch.uint8 or mask.shape != mask_shape(x):
             raise ValueError(
                 f"norm_act: mask must be uint8 of shape {shape_text(mask_shape(x))}, got {dtype_name(mask.dtype)} of "
                 f"shape {shape_text(mask.shape)}"
             )
+        _check_device("mask", mask, x)
     elif added and residual is None:
         raise ValueError(f"norm_act: residual is needed for {activation} where one was added, got None")
 
@@ -145,6 +148,8 @@ def _check_common(
                 f"norm_act: {name} must have shape ({x.shape[1]},) and dtype {dtype_name(x.dtype)} or "
                 f"{dtype_name(wide(x.dtype))}, got shape {shape_text(value.shape)} and dtype {dtype_name(value.dtype)}"
             )
+        if value is not None:
+            _check_device(name, value, x)
     if residual is not None:
         _check_like("residual", residual, x)
     if not math.isfinite(slope):
@@ -153,9 +158,13 @@ def _check_common(
         raise ValueError(f"norm_act: eps must be finite and > 0, got {eps:g}")
 
 
-def _check_like(name: str, value: Tensor, x: Tensor) -> None:
+def _check_device(name: str, value: Tensor, x: Tensor) -> None:
     if value.device != x.device:
         raise ValueError(f"norm_act: {name} must be on {x.device}, got {value.device}")
+
+
+def _check_like(name: str, value: Tensor, x: Tensor) -> None:
+    _check_device(name, value, x)
     if value.dtype != x.dtype or value.shape != x.shape or not same_order(value, x):
         raise ValueError(
             f"norm_act: {name} must be like x ({dtype_name(x.dtype)}, shape {shape_text(x.shape)}, strides "
@@ -241,11 +250,15 @@ def _backward_forward(ctx: Any, grad: Tensor | None, *_: Any):
         grad.contiguous(memory_format=ctx.memory_format), x, weight, bias, residual, mean, var, mask, ctx.activation, ctx.slope,
         ctx.eps, ctx.added,
     )
-    if torch.is_grad_enabled():  # to be differentiated again
-        grad_x, grad_weight, grad_bias, grad_residual = backward(*arguments)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
+    try:
+        if torch.is_grad_enabled():  # to be differentiated again
             grad_x, grad_weight, grad_bias, grad_residual = backward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grad_x, grad_weight, grad_bias, grad_residual = backward(*arguments)
+    except RuntimeError as error:
+        raise_out_of_memory(error)
+        raise
     return (
         grad_x,
         None if weight is None else grad_weight,

@@ -63,8 +63,8 @@ class DemP:
 
     `penalty()` is lambda_t * R: lambda_t follows a one-cycle cosine that peaks at `peak_penalty`, R is by default the sum
     of |gamma| over all normalisation layers. `step()` adds the noise sigma_t * xi to the weights of live units, then, every
-    `prune_every` steps and after the last one, removes the units that are dead. There is no target sparsity: the peak
-    of the penalty alone decides how many units die.
+    `prune_every` steps and after the last one, removes the units that are dead. Without `steering` there is no
+    target: the peak of the penalty, the learning rate and the length of the run decide how many units die.
 
     Args:
         model: a model from `prepare`, or any model with DemP activations (then `example_inputs` is required). It may
@@ -186,7 +186,7 @@ class DemP:
             require_integer("seed", seed)
         drawn = torch.randint(2**62, (1,)) if seed is None else torch.tensor([seed])
         self._noise_seed = from_first_rank(drawn.to(device=device, dtype=torch.int64))
-        self._allocate_counters()
+        allocate_counters(self._model, self._calls)
         self._liveness = StepLiveness(self._model)
         self._steerer = None if steering is None else self._steered(steering, inputs)
         self._weighing = Weighing(self._wrapper, self._optimizers, self.graph, as_tuple(inputs)) if policy == "when_it_pays" else None
@@ -305,7 +305,7 @@ class DemP:
             assert module.active is not None and module.seen is not None
             module.active.copy_(counts["active"])
             module.seen.copy_(counts["seen"])
-        self._allocate_counters()
+        allocate_counters(self._model, self._calls)
         self._noise_seed.copy_(state["noise_seed"])
         self._steps_done = state["steps_done"]
         if self._steerer is not None and state.get("steering") is not None:
@@ -352,10 +352,6 @@ class DemP:
     def _width_step(self) -> int:
         return width_step(self._model) if isinstance(self.round_to, str) else self.round_to
 
-    def _allocate_counters(self) -> None:
-        if is_distributed():
-            allocate_counters(self._model, self._calls)
-
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
         live = of_calls(self._calls, any_rank(self._liveness.take()))
@@ -381,7 +377,7 @@ class DemP:
         report = replace(report, payoff=payoff)
         for module in activations_of(self._model).values():
             module.reset_counts()
-        self._allocate_counters()
+        allocate_counters(self._model, self._calls)
         self._liveness.restart()
         if report.changed:
             refit_wrappers(self._wrapper)

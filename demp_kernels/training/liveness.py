@@ -34,8 +34,8 @@ def counters_of(model: nn.Module) -> list[Tensor]:
 
 
 def allocate_counters(model: nn.Module, calls: Mapping[str, list[ActivationUnits]]) -> None:
-    """Give every activation of one width counters, so that ranks exchange the same ones where not every rank has called each of
-    them yet."""
+    """Give every activation of one width counters before anything is called: so that ranks exchange the same ones where not every
+    rank has called each of them yet, and so that none is made inside a CUDA graph, whose replays would zero it."""
     for name, module in activations_of(model).items():
         widths = {call.atoms.size for call in calls.get(name, ())}
         if module.active is None and len(widths) == 1:
@@ -161,8 +161,8 @@ class StepLiveness:
         live = {}
         for name, counter in counters.items():
             before = self._before.get(name)
-            live[name] = counter != before if before is not None and before.shape == counter.shape else counter > 0
-        stale = [n for n, c in counters.items() if n not in self._before or self._before[n].shape != c.shape]
+            live[name] = counter != before if before is not None and _alike(before, counter) else counter > 0
+        stale = [n for n, c in counters.items() if n not in self._before or not _alike(self._before[n], c)]
         for name in stale:
             self._before[name] = torch.empty_like(counters[name])
         if counters:
@@ -173,3 +173,8 @@ class StepLiveness:
         """Forget the copies: the counters were reset or resized."""
         self._activations = activations_of(self._model)  # a walk over all modules takes longer than what each step does
         self._before: dict[str, Tensor] = {}
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """A counter follows the inputs to their device, and the widths of calls."""
+    return a.shape == b.shape and a.device == b.device

@@ -54,10 +54,10 @@ MEMORY = 0.95
 
 @dataclass(frozen=True)
 class Steering:
-    """A budget, and the way there.
+    """A budget, and the way there: `DemP(..., peak_penalty=0, steering=Steering(target_flops=0.2))`, then `demp.step(loss)`.
 
-    target_flops: share of the operations (of convolutions and linear layers) that is left in the end; or
-    target_sparsity: share of the parameters that is gone. One of the two, above 0 and below 1.
+    target_flops: share of the operations (of convolutions and linear layers) that is LEFT in the end; or
+    target_sparsity: share of the parameters that is GONE. One of the two, above 0 and below 1.
     start, until: shares of the run between which the budget falls from all to the target, as 1 - (1 - x)^3: fast at first.
     rate: what a pushed scale, weight or offset moves in a step; above Adam's learning rate, which pulls back.
     floor: share of its units that every layer keeps.

@@ -117,6 +117,10 @@ BAD = [
     (([torch.ones(3)], [], [None]), "compact: rows must have one entry a source (1), got 0"),
     (([torch.ones(3)], [None], [None, None]), "compact: columns must have one entry a source (1), got 2"),
     (([torch.ones(3)], [None], [I2]), "compact: sources[0] must have at least 2 dimensions, got shape (3,)"),
+    (
+        ([torch.ones(3), torch.ones(3, device="meta")], [I2, None], [None, None]),
+        "compact: sources[1] must be on cpu like the first, got meta",
+    ),
     (([torch.ones(())], [I2], [None]), "compact: sources[0] must have at least 1 dimensions, got shape ()"),
     (([torch.ones(3)], [I4], [None]), "compact: rows[0] must be a 1-D int64 tensor on cpu, got int32 of shape (1,) on cpu"),
     (([torch.ones(2, 2)], [None], [I2.view(1, 2)]),

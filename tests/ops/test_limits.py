@@ -21,7 +21,7 @@ from torch import Tensor
 
 import demp_kernels as dk
 from demp_kernels import functional, reference
-from demp_kernels.ops import backend
+from demp_kernels.ops import activation, backend, norm_act
 from demp_kernels.ops.activation import count_
 
 needs_kernels = pytest.mark.skipif("_C" not in backend.loaded, reason=f"no compiled kernels: {backend.reasons.get('_C')}")
@@ -175,3 +175,31 @@ def test_one_nan_keeps_a_unit_alive(dtype: torch.dtype, activation: str) -> None
     counted = torch.zeros(600, dtype=torch.int64)
     count_(x, 1, counted, None)
     assert counted.nonzero().flatten().tolist() == [3, 599]
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_runs_out_is_no_wrong_argument() -> None:
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        functional.relu(torch.zeros(1).expand(1 << 22, 1 << 22))  # 64 TiB once it is made contiguous
+
+
+CUDA_WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+@pytest.mark.parametrize("text", [f'torch_call_dispatcher("aten::empty_like") API call failed: {CUDA_WORDS}', CUDA_WORDS])
+@pytest.mark.parametrize("op", [activation, norm_act])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_memory_of_a_gpu_that_runs_out_has_its_type(op: Any, direction: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels' errors come through torch's stable ABI, which makes a RuntimeError of everything."""
+    x = torch.randn(40, 16, 8, 8, requires_grad=True)
+    call = functional.relu if op is activation else functional.norm_act
+    y = call(x)[0]
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(op, direction, fails)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        call(x) if direction == "forward" else y.sum().backward()

@@ -191,6 +191,8 @@ def test_opcheck() -> None:
         ({"x": torch.zeros(3)}, "norm_act: x must have"),
         ({"x": torch.zeros(2, 3, 4, dtype=torch.int32)}, "got int32"),
         ({"weight": torch.zeros(5)}, "weight must"),
+        ({"weight": torch.zeros(3, device="meta")}, "norm_act: weight must be on cpu, got meta"),
+        ({"bias": torch.zeros(3, device="meta")}, "norm_act: bias must be on cpu, got meta"),
         ({"residual": torch.zeros(2, 3, 5)}, "residual must"),
         ({"activation": "elu"}, "activation must be one of"),
         ({"noise_std": -1.0}, "noise_std must be finite and >= 0, got -1"),

@@ -4,10 +4,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+import demp_kernels as dk
+
+needs_distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 
 SCRIPT = """
 import gc, sys, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
@@ -87,7 +94,7 @@ def run(processes: int, folder: Path, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+@needs_distributed
 def test_a_resumed_run_ends_as_the_one_that_saved(tmp_path: Path) -> None:
     run(2, tmp_path, "save", tmp_path / "checkpoint", tmp_path / "whole")
     whole = torch.load(tmp_path / "whole.0.pt")
@@ -95,3 +102,45 @@ def test_a_resumed_run_ends_as_the_one_that_saved(tmp_path: Path) -> None:
         run(processes, tmp_path, "load", tmp_path / "checkpoint", tmp_path / "resumed")
         # every rank sees the same batch, so that the mean over the ranks is the one rank's gradient, up to rounding
         torch.testing.assert_close(torch.load(tmp_path / "resumed.0.pt"), whole, rtol=rtol, atol=atol)
+
+
+def one_process(make_optimizer: Callable[..., torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer, dk.DemP]:
+    torch.manual_seed(0)
+    model = dk.prepare(nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)), torch.randn(2, 6))
+    optimizer = make_optimizer(model.parameters(), lr=0.01)
+    return model, optimizer, dk.DemP(model, optimizer, total_steps=8, prune_every=2, peak_penalty=0.0, seed=1)
+
+
+def momentum(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+@needs_distributed
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+@pytest.mark.parametrize("change", ["optimizer", "metadata", "no metadata"])
+def test_what_does_not_fit_is_refused_before_the_model_is_cut(change: str, tmp_path: Path) -> None:
+    model, optimizer, demp = one_process(torch.optim.AdamW)
+    with torch.no_grad():
+        model.get_submodule("0").bias[:5] = -50
+    for _ in range(2):
+        model(torch.randn(8, 6)).sum().backward()
+        optimizer.step()
+        demp.step()
+    assert sum(demp.live_units.values()) <= 19
+    dk.save_sharded(tmp_path, model, optimizer, demp)
+
+    if change == "metadata":
+        (tmp_path / ".metadata").write_bytes((tmp_path / ".metadata").read_bytes()[:40])
+    elif change == "no metadata":
+        (tmp_path / ".metadata").unlink()
+    model, optimizer, demp = one_process(momentum if change == "optimizer" else torch.optim.AdamW)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(dk.CheckpointError, match="momentum_buffer" if change == "optimizer" else "metadata"):
+        dk.load_sharded(tmp_path, model, optimizer, demp)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert not optimizer.state and demp.steps_done == 0 and demp.live_units == demp.total_units
+
+    if change == "optimizer":
+        model, optimizer, demp = one_process(torch.optim.AdamW)
+        dk.load_sharded(tmp_path, model, optimizer, demp)
+        assert demp.steps_done == 2 and sum(demp.live_units.values()) <= 19

@@ -41,6 +41,7 @@ inline int multiprocessors() {
 }
 
 inline void zero_memory(void* address, std::size_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return;  // the address may be null then
 #ifdef __CUDACC__
   cudaMemsetAsync(address, 0, bytes, stream);
 #else

@@ -117,7 +117,7 @@ def _forward_rows(
     QUADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Program (c, s): COLUMNS channels, quads of four rows of them."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(1) * QUADS
     step = tl.num_programs(1) * QUADS
     if LARGE:
@@ -143,7 +143,7 @@ def _forward_rows(
                 result = _value(value, slope, ACTIVATION)
             tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
             if MASK:
-                eighth = tl.program_id(0) * COLUMNS + 8 * tl.arange(0, COLUMNS // 8)
+                eighth = tl.program_id(0).to(tl.int64) * COLUMNS + 8 * tl.arange(0, COLUMNS // 8)
                 byte = (row.to(tl.int64)[:, None] * channels + eighth[None, :]) // 8
                 packed = _pack(tl.reshape(live, (QUADS, COLUMNS // 8, 8)), 2)
                 tl.store(mask + byte, packed, mask=(row < rows)[:, None] & (eighth < channels)[None, :])

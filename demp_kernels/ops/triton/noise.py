@@ -29,8 +29,9 @@ def _cosine_sine(word):
     """cos and sin of 2 pi (word >> 8) 2^-24 to 1.5 ulp. tl.cos and tl.sin bring in libdevice's reduction of huge angles, which
     needs local memory (32 bytes a thread, seen with cuobjdump)."""
     turn = word & 0xFFFFFF00
-    quadrant = (turn + 0x20000000) >> 30
-    t = (turn - (quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10  # [-1/8, 1/8) turns
+    # both wrap around on purpose, which TRITON_DEBUG=1 would assert not to happen
+    quadrant = tl.add(turn, 0x20000000, sanitize_overflow=False) >> 30
+    t = tl.sub(turn, quadrant << 30, sanitize_overflow=False).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10  # [-1/8, 1/8) turns
     u = t * t
     sine = t * (6.28318548 + u * (-41.3416634 + u * (81.5923538 - u * 75.3935623)))
     cosine = 1.0 + u * (-19.7391682 + u * (64.9232254 - u * 83.6659012))

@@ -357,8 +357,8 @@ def norm_act_forward(
     check_forward(x, weight, bias, residual, activation, slope, eps, noise_std, seed)
     dtype, channels = wide_dtype(x.dtype), x.shape[1]
     y = torch.empty_like(x)
-    mean, var = (x.new_zeros(channels, dtype=dtype) for _ in range(2))  # what they are where x is empty
-    active = torch.zeros(channels, dtype=torch.int64, device=x.device)
+    make = x.new_empty if x.numel() else x.new_zeros
+    mean, var, active = (make(channels, dtype=made) for made in (dtype, dtype, torch.int64))
     bits = residual is not None and activation in LINEAR
     mask = torch.empty(mask_shape(x) if bits else 0, dtype=torch.uint8, device=x.device)
     if x.numel() == 0:
