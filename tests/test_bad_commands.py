@@ -130,6 +130,7 @@ BAD = [
     ("bench --seconds 0", "seconds must be above 0 and finite, got 0.0"),
     ("bench --seconds nan", "seconds must be above 0 and finite, got nan"),
     ("bench --seconds x", "argument --seconds: invalid float value: 'x'"),
+    ("bench step --widths 0", "widths must be at least 1, got 0"),
     ("bench --device quantum", "device must be auto, cpu, cuda or cuda:N, got 'quantum'"),
     ("bench --device cuda:99", "device cuda:99 is not there"),
     ("bench report --out nowhere", "report needs rows in nowhere/rows.csv, found none"),

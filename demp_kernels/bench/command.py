@@ -54,6 +54,7 @@ class Settings:
     tune: bool
     out: Path
     models: list[str]
+    widths: list[int]
     readme: Path | None
 
     @classmethod
@@ -70,11 +71,15 @@ class Settings:
         device = resolve_device(chosen.device)
         if device.type == "cuda" and {"step", "compaction"} & set(what):
             raise RecipeError(f"step and compaction are measured on the CPU, got device {device}")
+        if min(chosen.widths) < 1:
+            raise RecipeError(f"widths must be at least 1, got {min(chosen.widths)}")
         models = compaction.known(chosen.models) if "compaction" in what else []
         scope = Scope(last_level_cache(device), on_gpu=device.type == "cuda", full=chosen.full, quick=chosen.quick)
         seconds = min(chosen.seconds, 0.1) if chosen.quick else chosen.seconds
         budget = Budget(seconds, compile=chosen.compile and not chosen.quick, memory=not chosen.quick)
-        return cls(what, chosen.only, device, _threads(chosen.threads), scope, budget, chosen.tune, chosen.out, models, chosen.readme)
+        return cls(
+            what, chosen.only, device, _threads(chosen.threads), scope, budget, chosen.tune, chosen.out, models, chosen.widths, chosen.readme
+        )
 
 
 def _threads(text: str | None) -> list[int]:
@@ -102,6 +107,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     parser.add_argument("--threads", metavar="N[,N...]", help="CPU threads; several measure each case with each (default: torch's choice, and 1, 2, 4, ... for one case an op)")
     parser.add_argument("--models", nargs="+", default=list(compaction.MODELS), metavar="NAME", help=f"for compaction (default: {' '.join(compaction.MODELS)})")
+    parser.add_argument("--widths", nargs="+", type=int, default=list(STEP_WIDTHS), metavar="N", help=f"for step (default: {' '.join(map(str, STEP_WIDTHS))})")
     parser.add_argument("--out", type=Path, default=Path("demp-bench"), metavar="DIR", help="folder for rows and figures (default: demp-bench)")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table into FILE, between the lines <!-- bench:begin --> and <!-- bench:end -->")
     parser.set_defaults(run=_run)
@@ -175,7 +181,8 @@ class Job:
     def run(self, settings: Settings, machine: Machine) -> list[Row]:
         with threads(self.threads):
             if self.program == "step":
-                return step_rows(int(self.name), machine, **({"batch": 8, "rounds": 3} if settings.scope.quick else {}))
+                size = {"batch": 8, "rounds": 3} if settings.scope.quick else {}
+                return step_rows(int(self.name), machine, compile=settings.budget.compile, **size)
             if self.program == "compaction":
                 return compaction.compaction_rows(self.name, machine)
             budget = settings.budget
@@ -190,7 +197,7 @@ def _work(settings: Settings) -> list[Job]:
     jobs = []
     for program in settings.what:
         if program == "step":
-            widths = STEP_WIDTHS[:1] if settings.scope.quick else STEP_WIDTHS
+            widths = settings.widths[:1] if settings.scope.quick else settings.widths
             jobs += [Job(program, name=str(width), threads=count) for count in counts for width in widths]
         elif program == "compaction":
             jobs += [Job(program, name=name, threads=count) for count in counts for name in settings.models]

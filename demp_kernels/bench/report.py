@@ -115,13 +115,14 @@ def _in_summary(group: Group) -> bool:
 
 
 def _step_summary(rows: Sequence[Row]) -> Sheet | None:
+    steps = [group for group in groups(rows) if group.case.op == "step"]
+    names = {name: title for name, title in STEP_NAMES.items() if any(name in group.rows for group in steps)}
     lines = []
-    for group in groups(rows):
-        if group.case.op == "step":
-            share = group.ratio("own_work", "demp_tuned")
-            times = [_ms(group, name) for name in STEP_NAMES]
-            lines.append((f"{group.case.function} {group.case.shape}", *times, "" if share is None else f"{100 * share:.1f}%"))
-    return Sheet("step", ("training step, nothing pruned", *STEP_NAMES.values(), "DemP's own work"), lines) if lines else None
+    for group in steps:
+        share = group.ratio("own_work", "demp_tuned")
+        times = [_ms(group, name) for name in names]
+        lines.append((f"{group.case.function} {group.case.shape}", *times, "" if share is None else f"{100 * share:.1f}%"))
+    return Sheet("step", ("training step, nothing pruned", *names.values(), "DemP's own work"), lines) if lines else None
 
 
 def _compactions(rows: Sequence[Row]) -> list[Sheet]:

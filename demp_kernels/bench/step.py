@@ -16,7 +16,7 @@ import torch
 from ..recipes.errors import RecipeError
 from .machine import Machine, OthersMeter
 from .rows import Row, row_of
-from .step_worker import PRUNE_EVERY, SETUPS, StepSpec, serve
+from .step_worker import COMPILED, PRUNE_EVERY, SETUPS, StepSpec, serve
 from .timing import Timing
 
 __all__ = ["OWN", "step_rows"]
@@ -26,17 +26,20 @@ OWN = ("own_penalty", "own_counts", "own_noise", "own_decision")
 WARM_UP = 2
 
 
-def step_rows(width: int, machine: Machine, *, batch: int = 128, side: int = 28, rounds: int = 10) -> list[Row]:
-    """Rows of one network: every setup of `SETUPS`, plain and with "_tuned" for the tuned allocator, `own_work`, its parts.
+def step_rows(
+    width: int, machine: Machine, *, batch: int = 128, side: int = 28, rounds: int = 10, compile: bool = False
+) -> list[Row]:
+    """Rows of one network: every setup of `SETUPS`, plain and with "_tuned" for the tuned allocator, those of `COMPILED` with the
+    tuned one, `own_work`, its parts.
 
     Raises RecipeError if a process fails.
     """
     spec = StepSpec(width, (batch, 1, side, side), torch.get_num_threads())
     samples: dict[str, list[float]] = {}
-    with _worker(spec, tuned=False) as default, _worker(spec, tuned=True) as tuned:
+    with _worker(spec, tuned=False) as default, _worker(replace(spec, compile=compile), tuned=True) as tuned:
         turns = [(default, name, name) for name in SETUPS]
         turns += [(tuned, name, f"{name}_tuned") for name in SETUPS]
-        turns += [(tuned, name, name) for name in tuned.names if name not in SETUPS]
+        turns += [(tuned, name, f"{name}_tuned" if name in COMPILED else name) for name in tuned.names if name not in SETUPS]
         for turn in range(rounds + WARM_UP):
             if turn == WARM_UP:
                 meter, before = OthersMeter(), default.cpu_seconds + tuned.cpu_seconds

@@ -1,6 +1,7 @@
 """A process that runs training steps on demand: one for each setting of the allocator, which is for a whole process."""
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..recipes.models import ResNet18
 from ..training import DemP
 from ..training.liveness import activations_of
 
-__all__ = ["SETUPS", "Setup", "StepSpec", "serve"]
+__all__ = ["COMPILED", "SETUPS", "Setup", "StepSpec", "serve"]
 
 TOTAL_STEPS = 10_000
 PRUNE_EVERY = 500
@@ -28,12 +29,13 @@ PEAK_PENALTY, PEAK_NOISE = 0.03, 5e-5
 
 @dataclass(frozen=True)
 class StepSpec:
-    """width: of the ResNet-18. shape: of a batch (N, C, H, W)."""
+    """width: of the ResNet-18. shape: of a batch (N, C, H, W). compile: with the setups of `COMPILED`, where the compiler works."""
 
     width: int
     shape: tuple[int, int, int, int]
     threads: int
     classes: int = 10
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Setup:
     layout: str = "channels_last"
     fused_optimizer: bool = True
     prepared: str | None = None
+    compile: bool = False
 
 
 SETUPS = {
@@ -53,6 +56,7 @@ SETUPS = {
     "demp": Setup(prepared="fused"),
 }
 """From what PyTorch does by itself to everything that this package offers."""
+COMPILED = {"plain_compile": Setup(compile=True), "demp_compile": Setup(prepared="fused", compile=True)}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Trainer:
         self.model: nn.Module = ResNet18(spec.shape[1], spec.classes, spec.width).to(memory_format=layout)
         if setup.prepared is not None:
             self.model = prepare(self.model, self.images[:2], fuse=setup.prepared == "fused")
+        if setup.compile:
+            self.model = torch.compile(self.model, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=setup.fused_optimizer or None)
         self.demp = self._controller(PEAK_NOISE, TOTAL_STEPS) if setup.prepared is not None else None
 
@@ -161,8 +167,24 @@ def serve(connection: Connection, spec: StepSpec, tuned: bool) -> None:
 def _calls(spec: StepSpec) -> dict[str, Call]:
     trainers = {name: Trainer(spec, setup) for name, setup in SETUPS.items()}
     sites = Sites(trainers["demp_unfused"])
+    if spec.compile:
+        trainers |= _compiled(spec)
     return {
         **{name: Call(trainer.step) for name, trainer in trainers.items()},
         **trainers["demp"].parts(),
         "sites_counted": Call(sites.counted), "sites_plain": Call(sites.plain),
     }
+
+
+def _compiled(spec: StepSpec) -> dict[str, Trainer]:
+    """Those that run: a compiler that is not there must not cost the other rows."""
+    working = {}
+    for name, setup in COMPILED.items():
+        trainer = Trainer(spec, setup)
+        try:
+            trainer.step()
+        except Exception as error:
+            print(f"step: {name} is left out: {type(error).__name__}", file=sys.stderr)
+        else:
+            working[name] = trainer
+    return working

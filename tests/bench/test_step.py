@@ -7,15 +7,15 @@ import torch
 from demp_kernels.bench import step
 from demp_kernels.bench.rows import Group
 from demp_kernels.bench.runner import threads
-from demp_kernels.bench.step_worker import PRUNE_EVERY, SETUPS, Sites, StepSpec, Trainer
+from demp_kernels.bench.step_worker import COMPILED, PRUNE_EVERY, SETUPS, Sites, StepSpec, Trainer
 from demp_kernels.recipes.errors import RecipeError
 
 SPEC = StepSpec(width=8, shape=(4, 1, 8, 8), threads=1)
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("setup", [*SETUPS, *COMPILED])
 def test_setups_train(setup: str) -> None:
-    trainer = Trainer(SPEC, SETUPS[setup])
+    trainer = Trainer(SPEC, (SETUPS | COMPILED)[setup])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
@@ -50,6 +50,12 @@ def test_step_rows(machine) -> None:
     assert group.case.op == "step" and group.case.function == "resnet18-w8" and group.case.shape == "2x1x8x8"
     assert {row.samples for row in group.rows.values()} == {2}
     assert group.time("own_work") >= max(group.time(name) for name in ("own_penalty", "own_noise"))
+
+
+def test_compiled_steps_have_rows_of_their_own(machine) -> None:
+    with threads(1):
+        group = Group(step.step_rows(8, machine, batch=2, side=8, rounds=1, compile=True))
+    assert {"plain_compile_tuned", "demp_compile_tuned"} <= group.rows.keys()
 
 
 def test_own_work_is_the_sum_of_its_parts() -> None:
