@@ -13,7 +13,7 @@ demp_kernels/_build_record.json, where `demp info` finds it. Environment:
     DEMP_CUDA=0|1|auto     never build _C_cuda, insist on it, or build it where possible (default)
     DEMP_SANITIZE=WHAT     build _C and _host with -fsanitize=WHAT (address,undefined or thread), into --build-lib only
     DEMP_KERNELS=A,B       build these CPU kernels (activation, compact, ...) and nothing else, into --build-lib only
-    TORCH_CUDA_ARCH_LIST   as in PyTorch; default 7.5;8.0;9.0;10.0+PTX
+    TORCH_CUDA_ARCH_LIST   as in PyTorch; default 7.5;8.0;9.0;10.0+PTX (7.5;8.0;9.0+PTX before CUDA 12.8)
     CXX, CXXFLAGS, LDFLAGS, CUDA_HOME, NVCC_FLAGS, MAX_JOBS   as usual
 """
 from __future__ import annotations

@@ -124,8 +124,8 @@ def _nvcc_version(path: Path) -> str | None:
 
 
 def default_cuda_architectures(nvcc: Nvcc) -> str:
-    """Every GPU that torch's builds of this CUDA release run on, by machine code or, the newest ones, by PTX: 7.5 is T4 and RTX 20, with
-    which CUDA 13 begins; nvcc knows 10.0 from 12.8 on."""
+    """GPUs from sm_75 (T4, RTX 20) on, which are all that CUDA 13 knows, by machine code or, the newest, by PTX. nvcc knows 10.0 from
+    12.8 on."""
     return "7.5;8.0;9.0;10.0+PTX" if release_of(nvcc.version) >= (12, 8) else "7.5;8.0;9.0+PTX"
 
 

@@ -20,16 +20,18 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None)
 
 
-def raise_out_of_memory(error: Exception) -> None:
-    """Raises `error` if memory ran out, on a GPU as the torch.OutOfMemoryError that training loops catch."""
+def raise_out_of_memory(error: Exception, x: Any) -> None:
+    """Raises `error` if memory ran out: where it is that of a GPU, which x is on, as the torch.OutOfMemoryError that training
+    loops catch."""
     if not is_out_of_memory(error):
         return
-    if "CUDA out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+    on_gpu = "CUDA out of memory" in str(error) or (isinstance(x, Tensor) and x.is_cuda)
+    if on_gpu and not isinstance(error, torch.OutOfMemoryError):
         raise torch.OutOfMemoryError(str(error)) from error
     raise error
 
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|allocate\.h|aten::(new_)?empty.*API call failed")
+_OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|allocate\.h|aten::((new_)?empty|contiguous).*API call failed")
 
 
 def require_module(name: str, value: Any) -> None:

@@ -126,7 +126,7 @@ def norm_act(
             with torch._C._AutoDispatchBelowAutograd():
                 y, active, mean, var, _ = _norm_act.forward(*arguments)
     except _WRONG as error:
-        raise_out_of_memory(error)
+        raise_out_of_memory(error, x)
         tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
         _check_kinds("norm_act", {"x": x, **{name: t for name, t in tensors.items() if t is not None}},
                      slope=slope, eps=eps, noise_std=noise_std)
@@ -155,7 +155,7 @@ def weight_noise_(
         with torch.no_grad():
             _weight_noise.weight_noise_(tensors, live, std, seed)
     except _WRONG as error:
-        raise_out_of_memory(error)
+        raise_out_of_memory(error, tensors[0])
         _check_kinds("weight_noise_", {f"tensors[{i}]": t for i, t in enumerate(tensors)}, std=std)
         _check_kinds("weight_noise_", {f"live[{i}]": t for i, t in enumerate(live) if t is not None})
         checked = _checked_seed("weight_noise_", seed, tensors[0])
@@ -174,7 +174,7 @@ def channel_select(x: Tensor, index: Tensor, inverse: Tensor, channel_dim: int =
             return reference.channel_select(x, index, channel_dim)
         return _channel_select.channel_select(x, index, inverse, channel_dim)
     except _WRONG as error:
-        raise_out_of_memory(error)
+        raise_out_of_memory(error, x)
         _check_kinds("channel_select", {"x": x, "index": index, "inverse": inverse})
         require_integer("channel_select: channel_dim", channel_dim)
         _channel_select.check(x, index, inverse, channel_dim)
@@ -204,7 +204,7 @@ def _forward(
             return y, active
         return _activation.Forward.apply(x, activation, slope, channel_dim, noise_std, seed)
     except _WRONG as error:
-        raise_out_of_memory(error)
+        raise_out_of_memory(error, x)
         # The compiled kernels check as `check_forward` does and know no ValueError: raise it here, off the hot path.
         seed = _check_activation(x, slope, channel_dim, noise_std, seed)
         _activation.check_forward(x, activation, slope, channel_dim, noise_std, seed)
@@ -240,7 +240,7 @@ def _forward_(
         seed = _seed(seed, x.device) if noise_std > 0 else None
         return _activation.InPlace.apply(x, activation, slope, channel_dim, noise_std, seed)
     except _WRONG as error:
-        raise_out_of_memory(error)
+        raise_out_of_memory(error, x)
         seed = _check_activation(x, slope, channel_dim, noise_std, seed)
         if _activation.is_dense(x):  # of other strides is a copy, which the framework has refused to write back
             _activation.check_forward_(x, activation, slope, channel_dim, noise_std, seed)

@@ -109,6 +109,7 @@ class DemPActivation(nn.Module):
             self.allocate(channels, device)
             self.mixed = True
         elif self.active.device != device:
+            self._refuse_capture(f"counters on {device}")
             self.active, self.seen = self.active.to(device), self.seen.to(device)
         assert self.active is not None and self.seen is not None
         return self.active, self.seen
@@ -116,16 +117,21 @@ class DemPActivation(nn.Module):
     def allocate(self, channels: int, device: torch.device | str | None = None) -> None:
         """Create zeroed counters for `channels` units, replacing those there are. Raises RuntimeError while a CUDA graph is captured,
         each replay of which would zero them."""
-        if not torch.compiler.is_compiling() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__} must have counters before a CUDA graph is captured, got none: "
-                "train a step, or call allocate(channels, device)"
-            )
+        self._refuse_capture(f"counters of {channels} units")
         # a first forward in inference mode would else leave tensors that no training step may write to
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self.active = torch.zeros(channels, dtype=torch.int64, device=device)
             self.seen = torch.zeros((), dtype=torch.int64, device=device)
         self.mixed = False
+
+    def _refuse_capture(self, needed: str) -> None:
+        if torch.compiler.is_compiling() or not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing():
+            return
+        got = "none" if self.active is None else f"{self.active.numel()} on {self.active.device}"
+        raise RuntimeError(
+            f"{type(self).__name__} must have {needed} before a CUDA graph is captured, got {got}: train a step, or call "
+            "allocate(channels, device); a module that is called with several widths needs prepare()"
+        )
 
     def reset_counts(self) -> None:
         """Start a new window: zero the counters, if there are any."""

@@ -250,7 +250,7 @@ print([str(w.message) for w in caught if "GPU" in str(w.message)])
 def test_a_gpu_does_not_silently_run_the_reference(bare_package: Path) -> None:
     warned = run(GPU_WITHOUT_KERNELS, bare_package)
     assert warned.returncode == 0, warned.stderr
-    assert "no kernels for the GPU, using the slower PyTorch reference there: CUDA: " in warned.stdout
+    assert "no kernels for the GPU, using the slower PyTorch reference: CUDA: " in warned.stdout
     assert "Triton cannot be imported" in warned.stdout
     if file := build_record.library_file("_C"):
         shutil.copy(file, bare_package / "demp_kernels")

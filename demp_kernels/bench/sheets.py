@@ -19,9 +19,9 @@ DIRECTIONS = {"both": "forward + backward", "in_place": "in place"}
 STEP_NAMES = {
     "plain_nchw": "plain, NCHW", "plain_channels_last": "plain, channels_last",
     "plain_fused_optimizer_tuned": "plain, channels_last, fused AdamW, allocator tuned",
-    "plain_compile_tuned": "the same under torch.compile",
+    "plain_compile_tuned": "plain, the same under torch.compile",
     "demp_unfused": "prepared with fuse=False, fused AdamW", "demp": "prepared, fused AdamW",
-    "demp_tuned": "prepared, fused AdamW, allocator tuned", "demp_compile_tuned": "the same inside torch.compile",
+    "demp_tuned": "prepared, fused AdamW, allocator tuned", "demp_compile_tuned": "that under torch.compile",
 }
 OWN_NAMES = {
     "own_work": "DemP's own work a step", "own_penalty": "of it the penalty", "own_counts": "of it the counts",

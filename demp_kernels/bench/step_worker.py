@@ -180,11 +180,11 @@ def _compiled(spec: StepSpec) -> dict[str, Trainer]:
     """Those that run: a compiler that is not there must not cost the other rows."""
     working = {}
     for name, setup in COMPILED.items():
-        trainer = Trainer(spec, setup)
         try:
+            trainer = Trainer(spec, setup)
             trainer.step()
         except Exception as error:
-            print(f"step: {name} is left out: {type(error).__name__}", file=sys.stderr)
+            print(f"step: {name} is left out: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         else:
             working[name] = trainer
     return working

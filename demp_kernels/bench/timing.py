@@ -83,7 +83,8 @@ def calls_a_block(call: Call, device: torch.device, flush: Call | None = None) -
     once = block_seconds(call, 1, device, flush)
     if once < SHORTEST_BLOCK:  # short enough for a second opinion
         once = min(once, block_seconds(call, 1, device, flush))
-    return max(1, min(10_000, round(SHORTEST_BLOCK / max(once, 1e-9))))
+    most = 10_000 if flush is None else 8  # each of these has events of its own, and takes a flush's time besides
+    return max(1, min(most, round(SHORTEST_BLOCK / max(once, 1e-9))))
 
 
 def block_seconds(call: Call, count: int, device: torch.device, flush: Call | None = None) -> float:

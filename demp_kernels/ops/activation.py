@@ -272,7 +272,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, No
     try:
         grad_x = apply(grad.contiguous(memory_format=ctx.memory_format), saved, mask, ctx.activation, ctx.slope)
     except RuntimeError as error:
-        raise_out_of_memory(error)
+        raise_out_of_memory(error, grad)
         raise
     return grad_x, None, None, None, None, None
 

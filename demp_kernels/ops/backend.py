@@ -29,7 +29,8 @@ reasons: dict[str, str] = {}
 
 def load(package: Path = Path(__file__).resolve().parent.parent) -> None:
     """Load the compiled kernels next to the package. Raises ValueError for an unknown DEMP_BACKEND, RuntimeError for one
-    that is asked for and cannot be had; warns once if there are no compiled kernels at all."""
+    that is asked for and cannot be had (with `native`, on a machine with a GPU, CUDA kernels too); warns if there are no compiled
+    kernels, or none for the GPU."""
     global chosen
     chosen = os.environ.get("DEMP_BACKEND", "auto").strip().lower() or "auto"
     if chosen not in CHOICES:
@@ -45,16 +46,13 @@ def load(package: Path = Path(__file__).resolve().parent.parent) -> None:
     else:
         _load_library(package, "_C_cuda")
     _register_triton()
-    missing = [] if "_C" in loaded else [f"no compiled kernels, using the slower PyTorch reference: {reasons['_C']}"]
+    missing = [] if "_C" in loaded else [("compiled kernels", reasons["_C"])]
     if "_C_cuda" not in loaded and "triton" not in loaded and _has_cuda_device():
-        missing.append(
-            "no kernels for the GPU, using the slower PyTorch reference there: "
-            f"CUDA: {reasons['_C_cuda']}; Triton: {reasons['triton']}"
-        )
-    if missing and chosen == "native":
-        raise RuntimeError(f"DEMP_BACKEND=native: {missing[0]}")
-    for text in missing:
-        warnings.warn(f"demp_kernels: {text}", RuntimeWarning, stacklevel=2)
+        missing.append(("kernels for the GPU", f"CUDA: {reasons['_C_cuda']}; Triton: {reasons['triton']}"))
+    for what, why in missing:
+        if chosen == "native":
+            raise RuntimeError(f"DEMP_BACKEND=native: no {what}: {why}")
+        warnings.warn(f"demp_kernels: no {what}, using the slower PyTorch reference: {why}", RuntimeWarning, stacklevel=2)
 
 
 def _has_cuda_device() -> bool:

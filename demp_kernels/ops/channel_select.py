@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..arguments import raise_out_of_memory
 from .activation import dtype_name, shape_text
 
 library = torch.library.Library("demp_kernels", "FRAGMENT")
@@ -66,7 +67,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     index, inverse = ctx.saved_tensors
-    return channel_select(grad, inverse, index, ctx.channel_dim), None, None, None
+    try:
+        return channel_select(grad, inverse, index, ctx.channel_dim), None, None, None
+    except RuntimeError as error:
+        raise_out_of_memory(error, grad)
+        raise
 
 
 library.impl("channel_select", _reference, "CompositeExplicitAutograd")

@@ -257,7 +257,7 @@ def _backward_forward(ctx: Any, grad: Tensor | None, *_: Any):
             with torch._C._AutoDispatchBelowAutograd():
                 grad_x, grad_weight, grad_bias, grad_residual = backward(*arguments)
     except RuntimeError as error:
-        raise_out_of_memory(error)
+        raise_out_of_memory(error, grad)
         raise
     return (
         grad_x,

@@ -1,4 +1,4 @@
-"""Goals, tables, the README's table, figures."""
+"""Goals, tables, the table for a README, figures."""
 from __future__ import annotations
 
 from dataclasses import replace

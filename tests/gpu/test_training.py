@@ -119,7 +119,7 @@ def test_counters_are_not_made_in_a_graph() -> None:
     module, x = dk.DemPReLU(), torch.randn(64, 16, 8, 8, device="cuda")
     dk.functional.relu(x)  # a capture is no moment to load kernels
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="DemPReLU must have counters before a CUDA graph is captured"), torch.cuda.graph(graph):
+    with pytest.raises(RuntimeError, match="DemPReLU must have counters of 16 units before a CUDA graph is captured, got none"), torch.cuda.graph(graph):
         module(x)
     module(x)
     graph = torch.cuda.CUDAGraph()
