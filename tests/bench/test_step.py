@@ -7,15 +7,15 @@ import torch
 from demp_kernels.bench import step
 from demp_kernels.bench.rows import Group
 from demp_kernels.bench.runner import threads
-from demp_kernels.bench.step_worker import COMPILED, PRUNE_EVERY, SETUPS, Sites, StepSpec, Trainer
+from demp_kernels.bench.step_worker import PRUNE_EVERY, SETUPS, Sites, StepSpec, Trainer
 from demp_kernels.recipes.errors import RecipeError
 
 SPEC = StepSpec(width=8, shape=(4, 1, 8, 8), threads=1)
 
 
-@pytest.mark.parametrize("setup", [*SETUPS, *COMPILED])
+@pytest.mark.parametrize("setup", SETUPS)
 def test_setups_train(setup: str) -> None:
-    trainer = Trainer(SPEC, (SETUPS | COMPILED)[setup])
+    trainer = Trainer(SPEC, SETUPS[setup])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.step()
     assert all(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
