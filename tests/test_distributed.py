@@ -215,8 +215,24 @@ for _ in range(2):
         x = apart.get_submodule(layer)(torch.ones(3, 4) if layer == "0" else x)
     noisy.step()
 apart = torch.cat([p.detach().flatten() for p in apart.parameters()])
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head, self.act = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2), dk.DemPReLU()
+    def forward(self, x):
+        return self.head(self.act(self.b(self.act(self.a(x)))))
+
+shared = Shared()  # one activation of two widths, of which the second rank comes to call the first alone
+noisy = dk.DemP(shared, torch.optim.SGD(shared.parameters(), lr=0.1), total_steps=8, prune_every=2, peak_penalty=0, peak_noise=1e-2, seed=1, example_inputs=torch.randn(2, 4))
+for step in range(8):
+    x = shared.act(shared.a(torch.ones(3, 4)))
+    if rank == 0 or step < 2:
+        shared.act(shared.b(x))
+    noisy.step()
+shared = torch.cat([p.detach().flatten() for p in shared.parameters()])
 weights = torch.cat([p.detach().flatten() for p in inner.parameters()])
-torch.save({"live": list(demp.live_units.values()), "kept": kept, "weights": weights, "refused": refused, "apart": apart}, f"{sys.argv[1]}.{world}.{rank}.pt")
+torch.save({"live": list(demp.live_units.values()), "kept": kept, "weights": weights, "refused": refused, "apart": apart, "shared": shared}, f"{sys.argv[1]}.{world}.{rank}.pt")
 del model, demp, optimizer, state
 gc.collect()
 dist.destroy_process_group()
@@ -272,8 +288,10 @@ def test_a_checkpoint_of_rank_0_holds_what_all_ranks_have_counted(tmp_path: Path
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_compressed_gradients_begin_anew_behind_a_removal(tmp_path: Path) -> None:
     one, first, second = run(COMPRESSED_SCRIPT, tmp_path)
-    # in the same processes, to save the start of three more: ranks that have not called the same activations add the same noise
+    # in the same processes, to save the start of three more: ranks that have not called the same activations, or
+    # one of them at other widths, add the same noise and go on (they waited for each other for good)
     assert torch.equal(first["apart"], second["apart"]) and torch.equal(first["apart"], one["apart"])
+    assert torch.equal(first["shared"], second["shared"]) and torch.equal(first["shared"], one["shared"])
     assert first["live"] == second["live"] and first["live"][0] <= 55
     # compression begins in the third step, and once more in the third behind the removal: the first has other buckets
     assert [count > 0 for count in first["kept"]] == [False] * 2 + [True] * 6 + [False] * 2 + [True] * 2

@@ -33,6 +33,7 @@ from .distributed import (
 from .liveness import (
     StepLiveness,
     activations_of,
+    alike_on_ranks,
     allocate_counters,
     calls_by_name,
     check_counters,
@@ -288,7 +289,7 @@ class DemP:
         """Before rank 0 alone saves in the middle of a window: give it the counters of all ranks; those of the others start
         from zero, so that their sums stay right. Called by every rank. Does nothing in one process."""
         if is_distributed():
-            to_first_rank(counters_of(self._model))
+            to_first_rank(counters_of(self._model, self._calls))
             self._liveness.restart()
             self._liveness.take()
 
@@ -354,7 +355,7 @@ class DemP:
 
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
-        live = of_calls(self._calls, any_rank(self._liveness.take()))
+        live = of_calls(self._calls, any_rank(alike_on_ranks(self._calls, self._liveness.take())))
         noise_on_live(self._model, live, self.graph.gates, std, self._noise_seed, parameters_of(self._optimizers))
         self._noise_seed.add_(1)
 

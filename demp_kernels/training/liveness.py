@@ -17,7 +17,7 @@ from ..modules import DemPActivation
 from .distributed import every_rank, sum_counters
 
 __all__ = [
-    "StepLiveness", "activations_of", "allocate_counters", "calls_by_name", "check_counters", "counters_of", "not_finite",
+    "StepLiveness", "activations_of", "alike_on_ranks", "allocate_counters", "calls_by_name", "check_counters", "counters_of", "not_finite",
     "of_calls", "scan_dead", "several_widths", "window_dead",
 ]
 
@@ -27,19 +27,34 @@ def activations_of(model: nn.Module) -> dict[str, DemPActivation]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DemPActivation)}
 
 
-def counters_of(model: nn.Module) -> list[Tensor]:
-    """`active` and `seen` of every activation that has counted something, in the model's order."""
-    counted = [(m.active, m.seen) for m in activations_of(model).values() if not m.mixed]
-    return [counter for pair in counted for counter in pair if counter is not None]
+def one_width(calls: Mapping[str, list[ActivationUnits]]) -> dict[str, int]:
+    """Activations whose analysed calls are of one width, and that width. It is these that ranks exchange: which they are does not
+    depend on what a rank has called."""
+    widths = {name: {call.atoms.size for call in of_name} for name, of_name in calls.items()}
+    return {name: found.pop() for name, found in widths.items() if len(found) == 1}
+
+
+def counters_of(model: nn.Module, calls: Mapping[str, list[ActivationUnits]]) -> list[Tensor]:
+    """`active` and `seen` of every activation of one width, in the model's order. A call that was not analysed may have been of
+    another: then ones stand for the counters, so that no rank takes a unit for dead."""
+    modules = activations_of(model)
+    device = next(model.parameters()).device
+    counters: list[Tensor] = []
+    for name, width in one_width(calls).items():
+        active, seen = modules[name].active, modules[name].seen
+        if active is None or seen is None or active.numel() != width or modules[name].mixed:
+            active, seen = torch.ones(width, dtype=torch.int64, device=device), torch.ones((), dtype=torch.int64, device=device)
+        counters += [active, seen]
+    return counters
 
 
 def allocate_counters(model: nn.Module, calls: Mapping[str, list[ActivationUnits]]) -> None:
     """Give every activation of one width counters before anything is called: so that ranks exchange the same ones where not every
     rank has called each of them yet, and so that none is made inside a CUDA graph, whose replays would zero it."""
-    for name, module in activations_of(model).items():
-        widths = {call.atoms.size for call in calls.get(name, ())}
-        if module.active is None and len(widths) == 1:
-            module.allocate(widths.pop(), next(model.parameters()).device)
+    modules = activations_of(model)
+    for name, width in one_width(calls).items():
+        if modules[name].active is None:
+            modules[name].allocate(width, next(model.parameters()).device)
 
 
 def calls_by_name(model: nn.Module, graph: UnitGraph) -> dict[str, list[ActivationUnits]]:
@@ -48,9 +63,17 @@ def calls_by_name(model: nn.Module, graph: UnitGraph) -> dict[str, list[Activati
     return {name: calls.get(module, []) for name, module in activations_of(model).items()}
 
 
+def alike_on_ranks(calls: Mapping[str, list[ActivationUnits]], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of activations of one width, on every rank the same ones: all live where the counter is of another."""
+    return {
+        name: live[name] if name in live and live[name].numel() == width else torch.ones(width, dtype=torch.bool)
+        for name, width in one_width(calls).items()
+    }
+
+
 def of_calls(calls: Mapping[str, list[ActivationUnits]], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Masks by the name of an activation as masks by the names of its calls."""
-    return {call.name: mask for name, mask in masks.items() for call in calls.get(name, ()) if call.atoms.size == mask.numel()}
+    return {call.name: mask for name, mask in masks.items() for call in calls[name]}
 
 
 def several_widths(calls: Mapping[str, list[ActivationUnits]]) -> dict[str, list[int]]:
@@ -63,10 +86,12 @@ def window_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:
     """Criterion `window`: dead iff no element was active, on any rank, in any training step since the counters were reset.
 
     Every rank's counters become the sums over the ranks. Returns name -> (units,) bool for the activations that were looked
-    at. Stricter than a scan, and free: the counters are filled by the training forwards.
+    at, which are those of one width. Stricter than a scan, and free: the counters are filled by the training forwards.
     """
-    sum_counters(counters_of(model))
-    return counted_dead(model, graph)
+    calls = calls_by_name(model, graph)
+    sum_counters(counters_of(model, calls))
+    pooled = {call.name for name in one_width(calls) for call in calls[name]}
+    return {name: mask for name, mask in counted_dead(model, graph).items() if name in pooled}
 
 
 @torch.no_grad()
