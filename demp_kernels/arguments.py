@@ -1,37 +1,13 @@
 """What public functions ask of the kind of an argument. Every error says the argument, what is required and what it got."""
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "at_least", "is_out_of_memory", "one_of", "raise_out_of_memory", "require_integer", "require_module", "require_not_negative",
-    "require_number", "require_tensor",
-]
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out. The CPU's allocator has no type for it. The compiled kernels allocate through torch's stable ABI,
-    which makes a RuntimeError of everything: with the allocator's words from torch 2.13 on, before with the failed call alone."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None)
-
-
-def raise_out_of_memory(error: Exception, x: Any) -> None:
-    """Raises `error` if memory ran out: where it is that of a GPU, which x is on, as the torch.OutOfMemoryError that training
-    loops catch."""
-    if not is_out_of_memory(error):
-        return
-    on_gpu = "CUDA out of memory" in str(error) or (isinstance(x, Tensor) and x.is_cuda)
-    if on_gpu and not isinstance(error, torch.OutOfMemoryError):
-        raise torch.OutOfMemoryError(str(error)) from error
-    raise error
-
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc|allocate\.h|aten::((new_)?empty|contiguous).*API call failed")
+__all__ = ["at_least", "one_of", "require_integer", "require_module", "require_not_negative", "require_number", "require_tensor"]
 
 
 def require_module(name: str, value: Any) -> None:

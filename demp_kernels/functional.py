@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import reference
-from .arguments import raise_out_of_memory, require_integer, require_number, require_tensor
+from .arguments import require_integer, require_number, require_tensor
 from .ops import activation as _activation
 from .ops import channel_select as _channel_select
 from .ops import norm_act as _norm_act
 from .ops import weight_noise as _weight_noise
+from .ops.out_of_memory import raise_out_of_memory
 
 __all__ = ["channel_select", "relu", "relu_", "leaky_relu", "leaky_relu_", "gelu", "silu", "norm_act", "weight_noise_"]
 

@@ -34,8 +34,8 @@ class DemPActivation(nn.Module):
 
     The counters move with the module between devices but are no buffers: they never enter the `state_dict`, so a
     checkpoint of the plain model loads into this one and back, and DistributedDataParallel does not overwrite them with
-    those of rank 0 before every forward. They are created at the first forward in training mode, when the number of
-    channels is known (or by `allocate`).
+    those of rank 0 before every forward. They are created when the number of channels is known: by `prepare` or
+    `DemP`, else at the first forward in training mode, or by `allocate`.
     """
 
     active: Tensor | None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..arguments import is_out_of_memory
 from ..ops.compact import compact as compact_op
 from ..ops.compact import compact_ as compact_in_place_op
+from ..ops.out_of_memory import is_out_of_memory
 from ..reference import memory_format
 from ..strided import avoid_broken_kernel
 from .optimizer import StateCut

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import raise_out_of_memory
+from .out_of_memory import raise_out_of_memory
 
 ACTIVATIONS = ("relu", "leaky_relu", "gelu", "gelu_tanh", "silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

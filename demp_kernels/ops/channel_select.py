@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import raise_out_of_memory
 from .activation import dtype_name, shape_text
+from .out_of_memory import raise_out_of_memory
 
 library = torch.library.Library("demp_kernels", "FRAGMENT")
 library.define(

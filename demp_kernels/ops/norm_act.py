@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..arguments import raise_out_of_memory
 from .activation import ACTIVATIONS, DTYPES, dtype_name, is_dense, memory_format, same_order, shape_text
+from .out_of_memory import raise_out_of_memory
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 

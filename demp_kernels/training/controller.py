@@ -355,8 +355,8 @@ class DemP:
 
     def _add_noise(self, std: float) -> None:
         # every rank must add the same noise, or their weights would drift apart
-        live = of_calls(self._calls, any_rank(alike_on_ranks(self._calls, self._liveness.take())))
-        noise_on_live(self._model, live, self.graph.gates, std, self._noise_seed, parameters_of(self._optimizers))
+        live = any_rank(alike_on_ranks(self._calls, self._liveness.take(), self._noise_seed.device))
+        noise_on_live(self._model, of_calls(self._calls, live), self.graph.gates, std, self._noise_seed, parameters_of(self._optimizers))
         self._noise_seed.add_(1)
 
     def _remove_dead(self) -> CompactionReport:

@@ -63,10 +63,12 @@ def calls_by_name(model: nn.Module, graph: UnitGraph) -> dict[str, list[Activati
     return {name: calls.get(module, []) for name, module in activations_of(model).items()}
 
 
-def alike_on_ranks(calls: Mapping[str, list[ActivationUnits]], live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def alike_on_ranks(
+    calls: Mapping[str, list[ActivationUnits]], live: Mapping[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
     """The masks of activations of one width, on every rank the same ones: all live where the counter is of another."""
     return {
-        name: live[name] if name in live and live[name].numel() == width else torch.ones(width, dtype=torch.bool)
+        name: live[name] if name in live and live[name].numel() == width else torch.ones(width, dtype=torch.bool, device=device)
         for name, width in one_width(calls).items()
     }
 
@@ -78,8 +80,8 @@ def of_calls(calls: Mapping[str, list[ActivationUnits]], masks: Mapping[str, Ten
 
 def several_widths(calls: Mapping[str, list[ActivationUnits]]) -> dict[str, list[int]]:
     """Activations that are called with different numbers of units, and these numbers: one counter cannot tell them apart."""
-    widths = {name: [call.atoms.size for call in of_name] for name, of_name in calls.items()}
-    return {name: found for name, found in widths.items() if len(set(found)) > 1}
+    one = one_width(calls)
+    return {name: [call.atoms.size for call in of_name] for name, of_name in calls.items() if of_name and name not in one}
 
 
 def window_dead(model: nn.Module, graph: UnitGraph) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def _check_optimizers(folder: str | os.PathLike[str], model: nn.Module, optimize
     """Raises ValueError unless DCP has saved in `folder` what these optimisers keep for each parameter, and, of parameters that
     train, no more. DCP itself would find out after the model was cut to the saved widths."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     try:
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -98,16 +98,16 @@ def _check_optimizers(folder: str | os.PathLike[str], model: nn.Module, optimize
         raise ValueError(f"its DCP metadata cannot be read ({type(error).__name__}: {error})") from error
     fresh = [one for one in optimizers if not one.state]
     try:
-        moments: dict[str, Any] = get_state_dict(model, optimizers)[1]["state"]  # type: ignore[assignment]
+        moments: dict[str, Any] = get_optimizer_state_dict(model, optimizers)["state"]  # type: ignore[assignment]
     finally:
         for one in fresh:
-            one.state.clear()  # get_state_dict made it by a step with gradients of zero, which counts as a step
+            one.state.clear()  # torch made it by a step with gradients of zero, which counts as a step
     trained = {name.replace("_orig_mod.", "") for name, p in model.named_parameters() if p.requires_grad}
-    found: dict[str, set[str]] = {}
+    names, found = trained | moments.keys(), dict[str, set[str]]()
     for key in saved:
         words = key.removeprefix("optimizer.state.").split(".") if key.startswith("optimizer.state.") else []
         for length in range(1, len(words)):
-            if (name := ".".join(words[:length])) in trained | moments.keys():
+            if (name := ".".join(words[:length])) in names:
                 found.setdefault(name, set()).add(words[length])
     for name in sorted(moments.keys() | (found.keys() & trained)):
         kept, there = set(moments.get(name, ())), found.get(name, set())

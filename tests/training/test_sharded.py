@@ -144,3 +144,18 @@ def test_what_does_not_fit_is_refused_before_the_model_is_cut(change: str, tmp_p
         model, optimizer, demp = one_process(torch.optim.AdamW)
         dk.load_sharded(tmp_path, model, optimizer, demp)
         assert demp.steps_done == 2 and sum(demp.live_units.values()) <= 19
+
+
+@needs_distributed
+@pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")
+def test_a_layer_that_is_frozen_at_the_resume_needs_no_state(tmp_path: Path) -> None:
+    model, optimizer, demp = one_process(torch.optim.AdamW)
+    model(torch.randn(8, 6)).sum().backward()
+    optimizer.step()
+    demp.step()
+    dk.save_sharded(tmp_path, model, optimizer, demp)
+    other, optimizer, demp = one_process(torch.optim.AdamW)
+    other.get_submodule("0").requires_grad_(False)
+    dk.load_sharded(tmp_path, other, optimizer, demp)
+    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert len(optimizer.state) == 2 and demp.steps_done == 1

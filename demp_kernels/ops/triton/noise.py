@@ -31,7 +31,8 @@ def _cosine_sine(word):
     turn = word & 0xFFFFFF00
     # both wrap around on purpose, which TRITON_DEBUG=1 would assert not to happen
     quadrant = tl.add(turn, 0x20000000, sanitize_overflow=False) >> 30
-    t = tl.sub(turn, quadrant << 30, sanitize_overflow=False).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10  # [-1/8, 1/8) turns
+    rest = tl.sub(turn, quadrant << 30, sanitize_overflow=False).to(tl.int32, bitcast=True)
+    t = rest.to(tl.float32) * 2.3283064365386963e-10  # [-1/8, 1/8) turns
     u = t * t
     sine = t * (6.28318548 + u * (-41.3416634 + u * (81.5923538 - u * 75.3935623)))
     cosine = 1.0 + u * (-19.7391682 + u * (64.9232254 - u * 83.6659012))
